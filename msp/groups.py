@@ -1,0 +1,273 @@
+"""What a group is: decided once, used by penalty, prox, λ_max and report alike.
+
+Kernels are stored `(..., in, out)`. A group is one input channel, one output
+channel or one single weight of one matched kernel; its weight in the penalty is
+√n_g, n_g the number of its entries.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from msp.errors import UserError
+
+PyTree = Any
+AXES = {'in': -2, 'out': -1, 'weight': None}
+
+
+class Groups(NamedTuple):
+  """The groups of a parameter tree: static, hashable, independent of values.
+
+  Attributes:
+    axis: 'in' (an input channel), 'out' (an output channel) or 'weight'.
+    layers: paths of the matched kernels, such as
+      'backbone/layer1_0/conv1/kernel', in the order of the tree.
+    entries: for each layer the entry of a coefficient vector that it uses
+      (all 0 for a scalar λ; the stage's or the layer's own number otherwise).
+    names: one name for each entry of the coefficient vector.
+  """
+
+  axis: str
+  layers: tuple[str, ...]
+  entries: tuple[int, ...]
+  names: tuple[str, ...]
+
+  @property
+  def array_axis(self) -> int | None:
+    """Axis of a kernel that counts groups; None if each weight is one."""
+    return AXES[self.axis]
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """Joins a tree path to 'backbone/layer1_0/conv1/kernel'."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def find(
+  params: PyTree,
+  pattern: str = r'backbone/.*kernel',
+  axis: str = 'in',
+  granularity: str = 'scalar',
+) -> Groups:
+  """Finds the kernels whose path matches `pattern`, and logs them.
+
+  Args:
+    params: tree of arrays or `jax.ShapeDtypeStruct`s.
+    pattern: regular expression that must match a leaf's whole path.
+    axis: 'in' | 'out' | 'weight'.
+    granularity: 'scalar' (one λ), 'stage' (one for each second component of
+      the paths, up to its '_': 'layer1_0' belongs to 'layer1') or 'layer'.
+
+  Returns:
+    The groups.
+
+  Raises:
+    UserError: unknown axis or granularity, a pattern that is no regular
+      expression, that matches nothing, or that matches a leaf with fewer than
+      two dimensions.
+  """
+  if axis not in AXES:
+    raise UserError(f'sparsity axis {axis!r} is not one of {", ".join(AXES)}')
+  try:
+    expression = re.compile(pattern)
+  except re.error as e:
+    raise UserError(
+      f'sparsity pattern {pattern!r} is no regular expression: {e}'
+    ) from None
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  matched = [
+    (path_name(path), leaf)
+    for path, leaf in leaves
+    if expression.fullmatch(path_name(path))
+  ]
+  if not matched:
+    examples = ', '.join(path_name(path) for path, _ in leaves[:3])
+    raise UserError(
+      f'sparsity pattern {pattern!r} matches no parameter; '
+      f'the tree has for example {examples}'
+    )
+  for name, leaf in matched:
+    if len(leaf.shape) < 2:
+      raise UserError(
+        f'sparsity pattern {pattern!r} matches {name}, which has shape '
+        f'{leaf.shape} and so no {axis} channels; match kernels only'
+      )
+    logging.debug('groups: %s %s by %s', name, leaf.shape, axis)
+  layers = tuple(name for name, _ in matched)
+  logging.info('groups: %d kernels match %r', len(layers), pattern)
+  if granularity == 'scalar':
+    keys = ['all'] * len(layers)
+  elif granularity == 'stage':
+    keys = [name.split('/')[1].split('_')[0] for name in layers]
+  elif granularity == 'layer':
+    keys = [short_name(name) for name in layers]
+  else:
+    raise UserError(
+      f'sparsity granularity {granularity!r} is not one of scalar, stage, layer'
+    )
+  names = tuple(dict.fromkeys(keys))
+  return Groups(axis, layers, tuple(names.index(k) for k in keys), names)
+
+
+def short_name(layer: str) -> str:
+  """'backbone/layer1_0/conv1/kernel' as people read it: 'layer1_0/conv1'."""
+  return layer.removeprefix('backbone/').removesuffix('/kernel')
+
+
+def select(groups: Groups, tree: PyTree) -> dict[str, jax.Array]:
+  """The leaves of `tree` that are grouped, by path, in the groups' order."""
+  named = {
+    path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  return {layer: named[layer] for layer in groups.layers if layer in named}
+
+
+def replace(tree: PyTree, leaves: Mapping[str, jax.Array]) -> PyTree:
+  """`tree` with the leaves that `leaves` names by path put in their place."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: leaves.get(path_name(path), leaf), tree
+  )
+
+
+def coefficients(groups: Groups, sparsity: jax.Array | float) -> dict[str, jax.Array]:
+  """λ of every layer.
+
+  Args:
+    groups: which layer uses which entry.
+    sparsity: λ, shape () or (len(groups.names),).
+
+  Returns:
+    layer -> λ, shape ().
+
+  Raises:
+    UserError: `sparsity` has neither shape.
+  """
+  sparsity = jnp.asarray(sparsity)
+  if sparsity.shape not in ((), (len(groups.names),)):
+    raise UserError(
+      f'sparsity coefficient of shape {sparsity.shape}: expected a scalar or '
+      f'{len(groups.names)} entries ({", ".join(groups.names)})'
+    )
+  entries = jnp.broadcast_to(sparsity, (len(groups.names),))
+  return {
+    layer: entries[entry]
+    for layer, entry in zip(groups.layers, groups.entries, strict=True)
+  }
+
+
+def size(leaf: jax.Array, axis: int | None) -> int:
+  """n_g, the number of entries of each group of a kernel."""
+  return 1 if axis is None else leaf.size // leaf.shape[axis]
+
+
+def norms(x: jax.Array, axis: int | None) -> jax.Array:
+  """‖x_g‖₂ of every group; its derivative at a zero group is 0, not NaN.
+
+  Args:
+    x: kernel, shape (..., in, out).
+    axis: the group axis, or None if each weight is its own group.
+
+  Returns:
+    Shape (x.shape[axis],), or x.shape for None; dtype of x.
+  """
+  if axis is None:
+    return jnp.abs(x)
+  squares = jnp.sum(jnp.square(x), axis=other_axes(x, axis))
+  alive = squares > 0
+  return jnp.where(alive, jnp.sqrt(jnp.where(alive, squares, 1)), 0)
+
+
+def other_axes(x: jax.Array, axis: int | None) -> tuple[int, ...]:
+  """The axes a group extends over."""
+  if axis is None:
+    return ()
+  return tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+
+
+def expand(value: jax.Array, x: jax.Array, axis: int | None) -> jax.Array:
+  """Reshapes one value a group so that it broadcasts against the kernel x."""
+  value = jnp.asarray(value)
+  if value.ndim == 0 or axis is None:
+    return value if value.ndim else value.reshape((1,) * x.ndim)
+  return jnp.expand_dims(value, other_axes(x, axis))
+
+
+def penalty(groups: Groups, params: PyTree) -> jax.Array:
+  """R(θ) = Σ_layers Σ_g √n_g ‖θ_g‖₂, the group lasso; shape ()."""
+  axis = groups.array_axis
+  return sum(
+    math.sqrt(size(leaf, axis)) * jnp.sum(norms(leaf, axis))
+    for leaf in select(groups, params).values()
+  )
+
+
+def lambda_max(groups: Groups, gradients: PyTree) -> jax.Array:
+  """λ_max = max_g ‖∇_g L‖₂ / √n_g, the largest coefficient worth trying.
+
+  Above it, no group's gradient outweighs the penalty at θ_g = 0.
+
+  Args:
+    groups: which leaves.
+    gradients: ∇L, tree of the parameters' structure.
+
+  Returns:
+    Shape (len(groups.names),): the maximum over the layers of each entry.
+  """
+  axis = groups.array_axis
+  leaves = select(groups, gradients).values()
+  per_layer = jnp.stack(
+    [jnp.max(norms(g, axis)) / math.sqrt(size(g, axis)) for g in leaves]
+  )
+  return jax.ops.segment_max(per_layer, jnp.array(groups.entries), len(groups.names))
+
+
+def alive(groups: Groups, params: PyTree) -> dict[str, jax.Array]:
+  """Which groups hold a non-zero weight: layer -> bool, one entry a group."""
+  axis = groups.array_axis
+  return {
+    layer: jnp.any(leaf != 0, axis=other_axes(leaf, axis))
+    for layer, leaf in select(groups, params).items()
+  }
+
+
+class Sparsity(NamedTuple):
+  """How sparse the grouped kernels are.
+
+  Attributes:
+    groups: share of dead (exactly zero) groups, shape (), float32.
+    weights: share of exactly zero weights, shape (), float32.
+    alive: alive groups of each layer, shape (layers,), int32.
+  """
+
+  groups: jax.Array
+  weights: jax.Array
+  alive: jax.Array
+
+
+def sparsity(groups: Groups, params: PyTree) -> Sparsity:
+  """Counts dead groups and zero weights on the axis the prox uses."""
+  leaves = select(groups, params)
+  masks = alive(groups, params)
+  counts = jnp.stack([jnp.sum(m, dtype=jnp.int32) for m in masks.values()])
+  total = sum(m.size for m in masks.values())
+  nonzero = sum(jnp.sum(leaf != 0, dtype=jnp.int32) for leaf in leaves.values())
+  weights = sum(leaf.size for leaf in leaves.values())
+  return Sparsity(
+    groups=1 - jnp.sum(counts) / total,
+    weights=1 - nonzero / weights,
+    alive=counts,
+  )
+
+
+def totals(groups: Groups, params: PyTree) -> Mapping[str, int]:
+  """Number of groups of each layer, dead and alive."""
+  axis = groups.array_axis
+  return {
+    layer: leaf.size // size(leaf, axis)
+    for layer, leaf in select(groups, params).items()
+  }

@@ -1,0 +1,153 @@
+"""dL_holdout(θᴷ(ρ))/dρ, and with it the gradient of the query loss in θ⁰.
+
+ρ is the unconstrained coefficient (λ = exp(ρ) · λ_max); `inner(θ⁰, ρ)` returns
+(θᴷ, auxiliary tree), usually a closure over `msp.adapt`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msp.errors import UserError
+
+PyTree = Any
+MODES = ('reverse', 'forward')
+Inner = Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]
+
+
+class MetaGradients(NamedTuple):
+  """What one episode says.
+
+  Attributes:
+    params: dL_query(θᴷ)/dθ⁰, exact or first-order.
+    rho: dL_holdout(θᴷ)/dρ, shape of ρ; None if it was not asked for.
+    query: (L_query(θᴷ), its auxiliary tree).
+    hold_out: (L_holdout(θᴷ), its auxiliary tree), or None.
+    logs: the auxiliary tree of `inner`.
+  """
+
+  params: PyTree
+  rho: jax.Array | None
+  query: tuple[jax.Array, PyTree]
+  hold_out: tuple[jax.Array, PyTree] | None
+  logs: PyTree
+
+
+def meta_gradients(
+  inner: Inner,
+  query_loss: Callable[[PyTree], tuple[jax.Array, PyTree]],
+  hold_out_loss: Callable[[PyTree], tuple[jax.Array, PyTree]] | None,
+  params: PyTree,
+  rho: jax.Array | None,
+  *,
+  exact: bool,
+  mode: str = 'reverse',
+) -> MetaGradients:
+  """Both outer gradients of one episode, sharing its inner loop.
+
+  θᴷ = inner(θ⁰, ρ);  g_q = ∇L_query(θᴷ), g_h = ∇L_holdout(θᴷ);
+  dL_query/dθ⁰ = (∂θᴷ/∂θ⁰)ᵀ g_q if exact, g_q to first order;
+  dL_holdout/dρ = (∂θᴷ/∂ρ)ᵀ g_h, by one more pull-back ('reverse': memory grows
+  with K) or as ⟨g_h, ∂θᴷ/∂ρ⟩ with the tangent carried forward ('forward': memory
+  independent of K, one pass for each entry of ρ). Query data never reaches ρ,
+  hold-out data never reaches θ⁰.
+
+  Args:
+    inner: (θ⁰, ρ) -> (θᴷ, auxiliary tree); ρ may be None.
+    query_loss: θ -> (L, shape (), auxiliary tree).
+    hold_out_loss: the same for the hold-out data; None if ρ is not learned.
+    params: θ⁰.
+    rho: ρ, shape () or (n,), or None.
+    exact: whether the derivative in θ⁰ runs through the inner steps.
+    mode: 'reverse' | 'forward', for ρ.
+
+  Returns:
+    The gradients and the losses.
+
+  Raises:
+    UserError: unknown mode.
+  """
+  _check(mode)
+  forward = hold_out_loss is not None and mode == 'forward'
+  reverse = hold_out_loss is not None and mode == 'reverse'
+  pull_back = None
+  if exact and reverse:
+    adapted, pull_back, logs = jax.vjp(inner, params, rho, has_aux=True)
+  elif exact:
+    adapted, pull_back, logs = jax.vjp(lambda p: inner(p, rho), params, has_aux=True)
+  elif reverse:
+    adapted, pull_back, logs = jax.vjp(lambda r: inner(params, r), rho, has_aux=True)
+  elif not forward:
+    adapted, logs = inner(params, rho)
+  if forward:
+    # Beside an exact θ⁰ gradient the primal is the same and XLA computes it once.
+    adapted, logs, columns = _tangents(lambda r: inner(params, r), rho)
+
+  query, g_query = jax.value_and_grad(query_loss, has_aux=True)(adapted)
+  g_params = pull_back(g_query)[0] if exact else g_query
+  if hold_out_loss is None:
+    return MetaGradients(g_params, None, query, None, logs)
+  hold_out, g_hold_out = jax.value_and_grad(hold_out_loss, has_aux=True)(adapted)
+  if forward:
+    g_rho = jnp.stack([optax.tree.vdot(g_hold_out, c) for c in columns])
+    g_rho = g_rho.reshape(rho.shape)
+  else:
+    g_rho = pull_back(g_hold_out)[-1]
+  return MetaGradients(g_params, g_rho, query, hold_out, logs)
+
+
+def hypergradient(
+  outer_loss: Callable[[PyTree], jax.Array],
+  inner: Callable[[PyTree, jax.Array], PyTree],
+  params: PyTree,
+  rho: jax.Array,
+  *,
+  mode: str = 'reverse',
+) -> tuple[jax.Array, jax.Array]:
+  """The derivative d outer_loss(θᴷ(ρ))/dρ for any loss of any parameter tree.
+
+      inner = lambda p, rho: msp.adapt(
+          loss, p, batches, tx, sparsity=jnp.exp(rho))[0]
+      value, grad = msp.hypergradient(hold_out_loss, inner, params, rho)
+
+  Args:
+    outer_loss: θ -> L, shape ().
+    inner: (θ⁰, ρ) -> θᴷ.
+    params: θ⁰.
+    rho: ρ, shape () or (n,), float.
+    mode: 'reverse' (one backward pass, memory grows with K) or 'forward' (one
+      forward pass for each entry of ρ, memory independent of K).
+
+  Returns:
+    (L, shape (); dL/dρ, shape of ρ).
+
+  Raises:
+    UserError: unknown mode.
+  """
+  _check(mode)
+  if mode == 'reverse':
+    return jax.value_and_grad(lambda r: outer_loss(inner(params, r)))(rho)
+  adapted, _, columns = _tangents(lambda r: (inner(params, r), None), rho)
+  value, grads = jax.value_and_grad(outer_loss)(adapted)
+  products = jnp.stack([optax.tree.vdot(grads, c) for c in columns])
+  return value, products.reshape(rho.shape)
+
+
+def _check(mode):
+  if mode not in MODES:
+    raise UserError(f'unknown hypergradient {mode!r}; known: {", ".join(MODES)}')
+
+
+def _tangents(function, rho):
+  """function(ρ) -> (tree, aux), and the tree's derivative in each entry of ρ."""
+  columns = []
+  # One entry after the other: vmap would turn convolutions into grouped ones.
+  for direction in jnp.eye(rho.size, dtype=rho.dtype):
+    adapted, column, logs = jax.jvp(
+      function, (rho,), (direction.reshape(rho.shape),), has_aux=True
+    )
+    columns.append(column)
+  return adapted, logs, columns

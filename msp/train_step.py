@@ -1,0 +1,299 @@
+"""One outer step, for every row of the method table, chosen by its arguments."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from msp import episodes, losses
+from msp import groups as gr
+from msp.adaptation import adapt
+from msp.hypergradient import meta_gradients
+from msp.models import multitask
+from msp.tasks import Task
+from msp.train_state import TrainState, coefficient
+
+PyTree = Any
+Batch = Mapping[str, jax.Array]
+Step = Callable[[TrainState, Mapping[str, Batch], jax.Array], tuple[TrainState, dict]]
+
+
+class Combination(NamedTuple):
+  """How task losses become one: see `msp.losses.combine`."""
+
+  how: str = 'sum'
+  weights: Mapping[str, float] | None = None
+
+
+def task_losses(
+  model: multitask.MultiTask,
+  tasks: Mapping[str, Task],
+  combination: Combination,
+  params: PyTree,
+  batch_stats: PyTree,
+  batch: Batch,
+  key: jax.Array,
+  present: Mapping[str, bool | jax.Array] | None = None,
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], PyTree]]:
+  """L_τ(θ) of one batch, with batch statistics and dropout.
+
+  Args:
+    model: backbone and heads.
+    tasks: the tasks, by name.
+    combination: sum, fixed weights, or learned uncertainties.
+    params: θ.
+    batch_stats: running statistics before the batch.
+    batch: `image`, `valid`, and one entry for each task.
+    key: PRNG key of the dropout masks.
+    present: which tasks are in τ (None: all); absent heads are not computed.
+
+  Returns:
+    L_τ, shape (), and (L_t of each task, running statistics after the batch).
+  """
+  outputs, new_stats = multitask.apply(
+    model,
+    {name: params[name] for name in ('backbone', 'heads')},
+    batch_stats,
+    batch['image'],
+    train=True,
+    key=key,
+    present=present,
+  )
+  values = {
+    name: tasks[name].loss(logits, batch[name], label_mask(batch, name))
+    for name, logits in outputs.items()
+  }
+  total = losses.combine(
+    values,
+    present,
+    combination.how,
+    weights=combination.weights,
+    log_vars=params.get('log_vars'),
+  )
+  return total, (values, new_stats)
+
+
+def label_mask(batch: Batch, task: str) -> jax.Array:
+  """Which examples of a batch carry this task's label; shape (B,), bool."""
+  valid = batch['valid']
+  missing = batch.get(f'{task}_valid')
+  return valid if missing is None else valid & missing
+
+
+def make_train_step(
+  model: multitask.MultiTask,
+  tasks: Mapping[str, Task],
+  groups: gr.Groups,
+  outer: optax.GradientTransformationExtraArgs,
+  *,
+  combination: Combination,
+  inner: optax.GradientTransformation | None = None,
+  inner_steps: int = 0,
+  episode_draw: str | int = 'full',
+  exact: bool = True,
+  rho_optimizer: optax.GradientTransformation | None = None,
+  hypergradient: str = 'forward',
+  unroll: bool = False,
+) -> Step:
+  """Builds the pure function (state, batches, key) -> (state, metrics).
+
+  For each episode τ of the step: θᴷ = adapt(θ⁰, support, λ);
+  g_θ = dL_τ(θᴷ; query)/dθ⁰; g_ρ = dL_τ(θᴷ; hold-out)/dρ. Then, on the means over
+  episodes, θ⁰ ← outer(g_θ) with λ (prox inside `outer`) and ρ ← rho_optimizer(g_ρ).
+  With K = 0 the step is one of plain multi-task training, λ fixed or absent.
+
+  Running statistics follow the batch statistics at θ⁰: of the first inner step,
+  or of the query batch if K = 0. Parameters and optimiser states of heads whose
+  task is in none of the step's episodes stay as they are.
+
+  Args:
+    model: backbone and heads.
+    tasks: the tasks, by name.
+    groups: what sparsity is counted on.
+    outer: optimiser of θ⁰; takes `sparsity` if the state has a ρ.
+    combination: of the task losses.
+    inner: optimiser of the inner loop, needed if inner_steps > 0.
+    inner_steps: K.
+    episode_draw: 'full', 'all' or a number; see `msp.episodes.draw`.
+    exact: whether g_θ runs through the inner steps or stops at θᴷ.
+    rho_optimizer: of ρ; None keeps ρ as it is.
+    hypergradient: 'forward' | 'reverse'.
+    unroll: inner steps and episodes as one straight program (CPU) or as loops.
+
+  Returns:
+    The step. `batches` has 'query', with K > 0 'support', with a rho_optimizer
+    'hold_out'. Metrics are scalars but for 'alive', shape (layers,), int32, and
+    'lambda', 'rho', 'hypergradient', which have the shape of ρ; 'nonfinite' is the
+    position of the first gradient leaf with a NaN or infinity, −1 if there is none.
+  """
+  names = tuple(tasks)
+
+  def loss(params, batch_and_key, batch_stats, present):
+    batch, key = batch_and_key
+    return task_losses(
+      model, tasks, combination, params, batch_stats, batch, key, present
+    )
+
+  def episode(state, batches, key, row):
+    present = {
+      name: bool(row[i]) if isinstance(row, np.ndarray) else row[i]
+      for i, name in enumerate(names)
+    }
+    keys = jax.random.split(key, inner_steps + 2)
+    at = lambda params, batch: loss(params, batch, state.batch_stats, present)
+
+    def inner_loop(params, rho):
+      if not inner_steps:
+        return params, None
+      support = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (inner_steps, *x.shape)), batches['support']
+      )
+      return adapt(
+        at,
+        params,
+        (support, keys[:inner_steps]),
+        inner,
+        sparsity=coefficient(rho, state.lambda_max),
+        unroll=unroll,
+      )
+
+    hold_out = None
+    if rho_optimizer is not None:
+      hold_out = lambda params: at(params, (batches['hold_out'], keys[-2]))
+    gradients = meta_gradients(
+      inner_loop,
+      lambda params: at(params, (batches['query'], keys[-1])),
+      hold_out,
+      state.params,
+      state.rho,
+      exact=exact and inner_steps > 0,
+      mode=hypergradient,
+    )
+    query_loss, (values, query_stats) = gradients.query
+    if inner_steps:
+      _, (_, all_stats) = gradients.logs
+      stats = jax.tree.map(lambda x: x[0], all_stats)
+    else:
+      stats = query_stats
+    values = {name: values.get(name, jnp.zeros(())) for name in names}
+    sums = {
+      'params': gradients.params,
+      'loss': query_loss,
+      'task': {name: values[name] * present[name] for name in names},
+      'present': {name: jnp.float32(present[name]) for name in names},
+    }
+    if hold_out is not None:
+      sums['rho'] = gradients.rho
+      sums['hold_out_loss'] = gradients.hold_out[0]
+    return sums, stats, present
+
+  def run_episodes(state, batches, key, rows):
+    count = len(rows)
+    keys = jax.random.split(key, count)
+
+    def body(carry, item):
+      total, stats = carry
+      sums, new, present = episode(state, batches, *item)
+      total = jax.tree.map(jnp.add, total, sums)
+      return (total, _merge_stats(stats, new, present)), None
+
+    if unroll or count == 1:
+      total, stats, present = episode(state, batches, keys[0], rows[0])
+      carry = total, _merge_stats(state.batch_stats, stats, present)
+      for item in zip(keys[1:], rows[1:], strict=True):
+        carry, _ = body(carry, item)
+    else:
+      rows = jnp.asarray(rows)
+      shapes = jax.eval_shape(lambda: episode(state, batches, keys[0], rows[0])[0])
+      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+      carry, _ = jax.lax.scan(body, (zeros, state.batch_stats), (keys, rows))
+    total, stats = carry
+    task_sums, seen = total.pop('task'), total.pop('present')
+    means = jax.tree.map(lambda x: x / count, total)
+    means['task'] = {
+      # A task that no episode held has no loss this step.
+      name: jnp.where(seen[name] > 0, task_sums[name] / seen[name], jnp.nan)
+      for name in names
+    }
+    return means, stats, {name: seen[name] > 0 for name in names}
+
+  def train_step(state, batches, key):
+    key_draw, key_run = jax.random.split(key)
+    draw = episode_draw if inner_steps else 'full'
+    rows = episodes.draw(key_draw, len(names), draw)
+    means, stats, seen = run_episodes(state, batches, key_run, rows)
+
+    sparsity = coefficient(state.rho, state.lambda_max)
+    extra = {} if sparsity is None else {'sparsity': sparsity}
+    updates, opt_state = outer.update(
+      means['params'], state.opt_state, state.params, **extra
+    )
+    params = optax.apply_updates(state.params, updates)
+    if isinstance(rows, jax.Array):
+      params, opt_state = _keep_absent(
+        seen, (params, opt_state), (state.params, state.opt_state)
+      )
+
+    rho, rho_opt_state = state.rho, state.rho_opt_state
+    if rho_optimizer is not None:
+      rho_updates, rho_opt_state = rho_optimizer.update(
+        means['rho'], rho_opt_state, rho
+      )
+      rho = optax.apply_updates(rho, rho_updates)
+
+    counted = gr.sparsity(groups, params)
+    finite = jnp.stack(
+      [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(means['params'])]
+    )
+    metrics = {
+      'loss': means['loss'],
+      **{f'loss/{name}': value for name, value in means['task'].items()},
+      'gradient_norm': optax.tree.norm(means['params']),
+      'group_sparsity': counted.groups,
+      'weight_sparsity': counted.weights,
+      'alive': counted.alive,
+      'nonfinite': jnp.where(jnp.all(finite), -1, jnp.argmin(finite)),
+    }
+    if sparsity is not None:
+      metrics |= {'lambda': sparsity, 'rho': state.rho}
+    if rho_optimizer is not None:
+      metrics |= {
+        'hypergradient': means['rho'],
+        'hold_out_loss': means['hold_out_loss'],
+      }
+    new_state = TrainState(
+      state.step + 1, params, stats, opt_state, rho, state.lambda_max, rho_opt_state
+    )
+    return new_state, metrics
+
+  return train_step
+
+
+def _merge_stats(old, new, present):
+  """The backbone's new statistics, and those of the heads that ran."""
+  heads = {
+    name: jax.tree.map(
+      lambda n, o, here=present[name]: jnp.where(here, n, o),
+      new['heads'][name],
+      stats,
+    )
+    for name, stats in old['heads'].items()
+  }
+  return {**new, 'heads': heads}
+
+
+def _keep_absent(seen, new, old):
+  """`old` wherever a leaf belongs to a head or log-variance not `seen`."""
+
+  def leaf(path, n, o):
+    parts = gr.path_name(path).split('/')
+    for parent, name in itertools.pairwise(parts):
+      if parent in ('heads', 'log_vars') and name in seen:
+        return jnp.where(seen[name], n, o)
+    return n
+
+  return jax.tree_util.tree_map_with_path(leaf, new, old)

@@ -1,0 +1,327 @@
+"""Proximal steps, and the few updates of ρ optax lacks, as optax transforms.
+
+tx = optax.chain(
+  optax.clip_by_global_norm(1.0),
+  optax.adamw(lr),
+  msp.proximal('group_lasso', groups, learning_rate=lr),
+)
+updates, state = tx.update(grads, state, params, sparsity=lam)
+params = optax.apply_updates(params, updates)  # dead groups are exactly 0
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msp import groups as gr
+from msp.errors import UserError
+from msp.prox import get_penalty
+
+# The survival floor: root mean square of a protected group's weights.
+FLOOR_RMS = 1e-3
+
+_NO_PARAMS = 'this transform needs the params: call update(updates, state, params)'
+
+
+class ProximalState(NamedTuple):
+  """State of `proximal`."""
+
+  count: jax.Array  # steps done, shape (), int32
+
+
+class AdaptiveProximalState(NamedTuple):
+  """State of `adaptive_proximal`."""
+
+  count: jax.Array  # steps done, shape (), int32
+  inner_state: Any
+
+
+def proximal(
+  penalty: str,
+  groups: gr.Groups,
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  min_alive: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """Proximal step in the Euclidean metric; the last link of a chain.
+
+  With p the parameters and u the incoming updates it returns prox(p + u) − p,
+  prox(x) = argmin_z ½‖z − x‖² + α λ R(z), so that `optax.apply_updates` lands
+  on the proximal point. It fits optimisers whose step is −α · gradient (SGD).
+
+  Args:
+    penalty: 'group_lasso' | 'l1'.
+    groups: which leaves, and along which axis; all others pass through.
+    learning_rate: α, the step size of the optimiser before it, or a schedule.
+    min_alive: the strongest `min_alive` groups of each layer are shrunk, but
+      never below a root mean square weight of 1e-3.
+
+  Returns:
+    A transform whose `update` needs `params` and the keyword `sparsity`: λ,
+    shape () or (len(groups.names),), through which it is differentiable.
+  """
+  kind = get_penalty(penalty)
+  axis = groups.array_axis
+
+  def init(params):
+    del params
+    return ProximalState(jnp.zeros([], jnp.int32))
+
+  def update(updates, state, params=None, *, sparsity, **extra_args):
+    del extra_args
+    if params is None:
+      raise ValueError(_NO_PARAMS)
+    step = _step_size(learning_rate, state.count)
+
+    def prox(layer, x, threshold):
+      del layer
+      return kind.prox(x, threshold, axis)
+
+    updates = _proximal_updates(
+      prox, kind, groups, params, updates, step, sparsity, min_alive
+    )
+    return updates, ProximalState(optax.safe_increment(state.count))
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def adaptive_proximal(
+  inner: optax.GradientTransformation,
+  penalty: str,
+  groups: gr.Groups,
+  learning_rate: optax.ScalarOrSchedule,
+  *,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  eps_root: float = 0.0,
+  min_alive: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+  """Runs `inner`, then a proximal step in the metric of its second moment.
+
+  prox(x) = argmin_z ½(z − x)ᵀD(z − x) + α λ R(z) with x = p + u and
+  D = √(v̂ + eps_root) + eps, the preconditioner of the Adam step just made:
+  `inner`'s second moment `nu`, bias-corrected by 1/(1 − b2ᵗ) if its state
+  counts steps. (Deleu & Bengio, arXiv 2102.03869; D is corrected as the step is.)
+
+  Args:
+    inner: an optax transform whose state holds one second moment `nu`.
+    penalty: 'group_lasso' | 'l1'.
+    groups: which leaves, and along which axis.
+    learning_rate: α of `inner`, or a schedule.
+    b2: decay of the second moment; as given to `inner`.
+    eps: as given to `inner`. A group without gradient survives while the root
+      mean square of its weights exceeds αλ/eps.
+    eps_root: as given to `inner`; > 0 if the step is differentiated.
+    min_alive: see `proximal`.
+
+  Returns:
+    A transform; `update` needs `params` and the keyword `sparsity`.
+
+  Raises:
+    UserError: on `init`, if `inner` keeps no second moment, or several.
+  """
+  kind = get_penalty(penalty)
+  axis = groups.array_axis
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    inner_state = inner.init(params)
+    _second_moment(inner_state)
+    return AdaptiveProximalState(jnp.zeros([], jnp.int32), inner_state)
+
+  def update(updates, state, params=None, *, sparsity, **extra_args):
+    if params is None:
+      raise ValueError(_NO_PARAMS)
+    updates, inner_state = inner.update(
+      updates, state.inner_state, params, **extra_args
+    )
+    step = _step_size(learning_rate, state.count)
+    moment = _second_moment(inner_state)
+    # RMSProp counts no steps and corrects no bias.
+    count = moment.count if 'count' in moment._fields else None
+    second = gr.select(groups, moment.nu)
+
+    def prox(layer, x, threshold):
+      nu = second[layer]
+      if count is not None:
+        nu = nu / (1 - jnp.asarray(b2, nu.dtype) ** count)
+      metric = jnp.sqrt(nu + eps_root) + eps
+      return kind.prox_weighted(x, metric, threshold, axis)
+
+    updates = _proximal_updates(
+      prox, kind, groups, params, updates, step, sparsity, min_alive
+    )
+    return updates, AdaptiveProximalState(
+      optax.safe_increment(state.count), inner_state
+    )
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _step_size(learning_rate, count):
+  return learning_rate(count) if callable(learning_rate) else learning_rate
+
+
+def _proximal_updates(prox, kind, groups, params, updates, step, sparsity, min_alive):
+  """prox(p + u) − p on the grouped leaves, u on all others."""
+  axis = groups.array_axis
+  coefficients = gr.coefficients(groups, sparsity)
+  incoming = gr.select(groups, updates)
+  outgoing = {}
+  # Inside `masked` or `partition` only some of the layers are there.
+  for layer, p in gr.select(groups, params).items():
+    x = p + incoming[layer]
+    threshold = step * coefficients[layer]
+    if kind.grouped:
+      threshold *= math.sqrt(gr.size(x, axis))
+    z = _protect(x, prox(layer, x, threshold), axis, min_alive)
+    outgoing[layer] = (z - p).astype(incoming[layer].dtype)
+  return gr.replace(updates, outgoing)
+
+
+def _protect(x, z, axis, min_alive):
+  """Holds the `min_alive` strongest groups of x at or above the floor."""
+  if not min_alive:
+    return z
+  before = gr.norms(x, axis)
+  flat = before.reshape(-1)
+  strongest = jax.lax.top_k(flat, min(min_alive, flat.size))[0][-1]
+  floor = jnp.minimum(before, FLOOR_RMS * math.sqrt(gr.size(x, axis)))
+  hit = (before >= strongest) & (gr.norms(z, axis) < floor)
+  scale = jnp.where(hit, floor / jnp.where(before > 0, before, 1), 0)
+  return jnp.where(gr.expand(hit, x, axis), x * gr.expand(scale, x, axis), z)
+
+
+def _second_moment(state: Any) -> Any:
+  """The one node of an optimiser state that has a field `nu`."""
+  has_nu = lambda node: hasattr(node, 'nu')
+  nodes = [n for n in jax.tree.leaves(state, is_leaf=has_nu) if has_nu(n)]
+  if len(nodes) != 1:
+    raise UserError(
+      f'adaptive_proximal needs an inner transform with one second moment '
+      f'(nu), such as adam, adamw or rmsprop; found {len(nodes)}. After a '
+      f'plain step (sgd) use proximal instead'
+    )
+  return nodes[0]
+
+
+class MeanMagnitudeState(NamedTuple):
+  """State of `scale_by_mean_magnitude`."""
+
+  count: jax.Array  # updates seen, shape (), int32
+  mean: Any  # running mean of |u|, one for each entry
+
+
+def scale_by_mean_magnitude(
+  decay: float = 0.95, clip: float = 3.0
+) -> optax.GradientTransformation:
+  """Divides each entry by the running mean of its magnitude, then clips.
+
+  u ← clamp(u/m̂, −clip, clip), m ← decay·m + (1 − decay)·min(|u|, clip·m̂)
+  (m̂ bias-corrected). Hypergradients are heavy-tailed: a mean of clipped
+  magnitudes forgets an outlier, a mean of squares (Adam) carries it for long.
+
+  Args:
+    decay: of the running mean.
+    clip: largest magnitude let through, in units of the mean.
+
+  Returns:
+    A transform. Entries that have only ever been 0 stay 0.
+  """
+
+  def init(params):
+    return MeanMagnitudeState(
+      jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params)
+    )
+
+  def update(updates, state, params=None):
+    del params
+    count = optax.safe_increment(state.count)
+    correction = 1 - decay ** state.count.astype(jnp.float32)
+
+    def mean(u, m):
+      magnitude = jnp.abs(u)
+      # The first non-zero update has no mean to be clipped by.
+      limit = jnp.where(m > 0, clip * m / jnp.maximum(correction, 1e-6), jnp.inf)
+      return decay * m + (1 - decay) * jnp.minimum(magnitude, limit)
+
+    def scale(u, m):
+      m = m / (1 - decay ** count.astype(jnp.float32))
+      return jnp.where(m > 0, jnp.clip(u / jnp.where(m > 0, m, 1), -clip, clip), 0)
+
+    new_mean = jax.tree.map(mean, updates, state.mean)
+    updates = jax.tree.map(scale, updates, new_mean)
+    return updates, MeanMagnitudeState(count, new_mean)
+
+  return optax.GradientTransformation(init, update)
+
+
+def bounded(lower: float, upper: float) -> optax.GradientTransformation:
+  """Keeps every parameter in [lower, upper]; the last link of a chain.
+
+  Returns clip(p + u) − p; for ρ = log(λ/λ_max) that is λ ∈ [e^lower, e^upper]
+  times λ_max.
+  """
+
+  def update(updates, state, params=None):
+    if params is None:
+      raise ValueError(_NO_PARAMS)
+    updates = jax.tree.map(
+      lambda u, p: jnp.clip(p + u, lower, upper) - p, updates, params
+    )
+    return updates, state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def build(
+  entries: Sequence[Mapping[str, Any]], where: str
+) -> optax.GradientTransformationExtraArgs:
+  """Chains the transforms a configuration names.
+
+  Args:
+    entries: mappings with a `name`, looked up here and then in optax (dotted
+      names such as 'contrib.prodigy' too); the other items are its arguments.
+    where: the configuration field, for messages.
+
+  Returns:
+    `optax.chain` of them.
+
+  Raises:
+    UserError: unknown name, or arguments it does not take.
+  """
+  return optax.chain(*(_resolve(dict(entry), where) for entry in entries))
+
+
+def _resolve(entry, where):
+  name = entry.pop('name', None)
+  factory: Any = _OWN.get(name)
+  if factory is None and isinstance(name, str):
+    factory = optax
+    for part in name.split('.'):
+      factory = getattr(factory, part, None)
+  if not callable(factory):
+    raise UserError(
+      f'{where}: unknown transform {name!r}; known are the functions of optax '
+      f'and {", ".join(_OWN)}'
+    )
+  try:
+    transform = factory(**entry)
+  except TypeError as e:
+    raise UserError(
+      f'{where}: {name}{inspect.signature(factory)} cannot take {entry}: {e}'
+    ) from None
+  if not isinstance(transform, optax.GradientTransformation):
+    raise UserError(f'{where}: {name!r} is not an optax transform')
+  return transform
+
+
+_OWN: dict[str, Callable[..., optax.GradientTransformation]] = {
+  'scale_by_mean_magnitude': scale_by_mean_magnitude,
+  'bounded': bounded,
+}

@@ -1,0 +1,349 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import msp
+from msp import groups as gr
+from msp import prox, transforms
+from msp.errors import UserError
+
+
+def make_params(seed=0, dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  return {
+    'backbone': {
+      'stem': {'kernel': jax.random.normal(keys[0], (3, 3, 4, 6), dtype)},
+      'layer1_0': {
+        'kernel': jax.random.normal(keys[1], (1, 1, 6, 2), dtype),
+        'scale': jnp.ones(2, dtype),
+      },
+    },
+    'heads': {'a': {'kernel': jax.random.normal(keys[2], (2, 3), dtype)}},
+  }
+
+
+GRADS = jax.tree.map(lambda p: 0.1 * p + 0.01, make_params(9))
+
+
+def test_find_names_axes_and_stages():
+  params = make_params()
+  found = gr.find(params, granularity='stage')
+  assert found.layers == ('backbone/layer1_0/kernel', 'backbone/stem/kernel')
+  assert found.names == ('layer1', 'stem')
+  assert gr.totals(found, params) == dict(zip(found.layers, (6, 4), strict=True))
+  out = gr.find(params, axis='out')
+  assert list(gr.totals(out, params).values()) == [2, 6]
+  assert list(gr.totals(gr.find(params, axis='weight'), params).values()) == [12, 216]
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'message'),
+  [
+    ({'axis': 'channel'}, 'not one of in, out, weight'),
+    ({'pattern': 'nothing/.*'}, 'matches no parameter'),
+    ({'pattern': '('}, 'no regular expression'),
+    ({'pattern': 'backbone/.*'}, 'has shape'),
+    ({'granularity': 'row'}, 'granularity'),
+  ],
+)
+def test_find_refuses(kwargs, message):
+  with pytest.raises(UserError, match=message):
+    gr.find(make_params(), **kwargs)
+
+
+def test_penalty_lambda_max_and_sparsity_by_hand():
+  params = {'backbone': {'c': {'kernel': jnp.array([[3.0, 4.0], [0.0, 0.0]])}}}
+  found = gr.find(params)
+  np.testing.assert_allclose(gr.penalty(found, params), np.sqrt(2) * 5)
+  np.testing.assert_allclose(gr.lambda_max(found, params), [5 / np.sqrt(2)])
+  counted = gr.sparsity(found, params)
+  np.testing.assert_allclose(counted.groups, 0.5)
+  np.testing.assert_allclose(counted.weights, 0.5)
+  grads = jax.grad(lambda p: gr.penalty(found, p))(params)
+  assert jnp.all(jnp.isfinite(grads['backbone']['c']['kernel']))
+
+
+def test_above_lambda_max_zero_is_a_fixed_point():
+  params = jax.tree.map(jnp.zeros_like, make_params())
+  found = gr.find(params)
+  tx = optax.chain(optax.sgd(0.1), msp.proximal('group_lasso', found, 0.1))
+  limit = gr.lambda_max(found, GRADS).max()
+  for factor, dead in ((1.001, True), (0.999, False)):
+    updates, _ = tx.update(GRADS, tx.init(params), params, sparsity=factor * limit)
+    kernels = gr.select(found, optax.apply_updates(params, updates)).values()
+    assert all(not k.any() for k in kernels) is dead
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_proximal_lands_on_the_prox_and_dead_groups_are_exactly_zero(dtype):
+  params = make_params(dtype=dtype)
+  found = gr.find(params)
+  grads = jax.tree.map(lambda g: g.astype(dtype), GRADS)
+  tx = optax.chain(optax.sgd(0.1), msp.proximal('group_lasso', found, 0.1))
+
+  @jax.jit
+  def step(params, state, lam):
+    updates, state = tx.update(grads, state, params, sparsity=lam)
+    return optax.apply_updates(params, updates), state
+
+  new, _ = step(params, tx.init(params), 4.0)
+  plain = jax.tree.map(lambda p, g: p - jnp.asarray(0.1, dtype) * g, params, grads)
+  for layer, x in gr.select(found, plain).items():
+    want = prox.group_lasso(x, 0.1 * 4.0 * np.sqrt(x.size / x.shape[-2]), -2)
+    got = gr.select(found, new)[layer]
+    assert got.dtype == dtype
+    rtol = 1e-5 if dtype == jnp.float32 else 0.1
+    np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=rtol, atol=rtol)
+    np.testing.assert_array_equal(got == 0, want == 0)
+  dead = gr.sparsity(found, new).groups
+  assert 0 < dead < 1
+  np.testing.assert_array_equal(
+    new['heads']['a']['kernel'], plain['heads']['a']['kernel']
+  )
+
+
+def adam_reference(params, grads, lr, b2, eps, lam, found):
+  """One AdamW-free Adam step and the weighted prox, written out."""
+  new = {}
+  for layer, p in gr.select(found, params).items():
+    g = gr.select(found, grads)[layer]
+    metric = jnp.sqrt(g**2) + eps  # after one step v̂ = g²
+    x = p - lr * g / metric
+    size = p.size / p.shape[-2]
+    new[layer] = prox.group_lasso_weighted(x, metric, lr * lam * np.sqrt(size), -2)
+  return new
+
+
+def test_adaptive_proximal_uses_the_metric_of_the_step():
+  params = make_params()
+  found = gr.find(params)
+  tx = msp.adaptive_proximal(
+    optax.adam(0.5, b2=0.9, eps=1e-6), 'group_lasso', found, 0.5, b2=0.9, eps=1e-6
+  )
+  updates, _ = jax.jit(tx.update)(GRADS, tx.init(params), params, sparsity=0.6)
+  new = gr.select(found, optax.apply_updates(params, updates))
+  want = adam_reference(params, GRADS, 0.5, 0.9, 1e-6, 0.6, found)
+  for layer in found.layers:
+    np.testing.assert_allclose(new[layer], want[layer], rtol=2e-4, atol=1e-6)
+    np.testing.assert_array_equal(new[layer] == 0, want[layer] == 0)
+  assert any((w == 0).all(axis=(0, 1, 3)).any() for w in want.values())
+
+
+def test_adaptive_proximal_needs_one_second_moment():
+  params = make_params()
+  found = gr.find(params)
+  for inner in (optax.sgd(0.1), optax.chain(optax.adam(0.1), optax.adam(0.1))):
+    tx = msp.adaptive_proximal(inner, 'group_lasso', found, 0.1)
+    with pytest.raises(UserError, match='one second moment'):
+      tx.init(params)
+
+
+def transform_cases(found):
+  prox_last = lambda tx: optax.chain(tx, msp.proximal('group_lasso', found, 0.1))
+  yield 'sgd', prox_last(optax.sgd(0.1, momentum=0.9))
+  yield 'lion', prox_last(optax.lion(0.1))
+  yield (
+    'schedule',
+    msp.adaptive_proximal(
+      optax.adamw(optax.linear_schedule(0.1, 0.0, 9)),
+      'group_lasso',
+      found,
+      optax.linear_schedule(0.1, 0.0, 9),
+    ),
+  )
+  yield 'rmsprop', msp.adaptive_proximal(optax.rmsprop(0.1), 'l1', found, 0.1)
+  # Not `gradient_transformation()`, which drops extra arguments.
+  steps = optax.MultiSteps(prox_last(optax.sgd(0.1)), 2)
+  yield (
+    'multi_steps',
+    optax.GradientTransformationExtraArgs(steps.init, steps.update),
+  )
+  yield (
+    'masked',
+    optax.chain(
+      optax.sgd(0.1),
+      optax.masked(
+        msp.proximal('group_lasso', found, 0.1),
+        lambda p: jax.tree_util.tree_map_with_path(
+          lambda path, _: 'stem' in gr.path_name(path), p
+        ),
+      ),
+    ),
+  )
+  yield (
+    'partition',
+    optax.partition(
+      {'b': prox_last(optax.sgd(0.1)), 'h': optax.adam(0.1)},
+      {'backbone': 'b', 'heads': 'h'},
+    ),
+  )
+  yield (
+    'inject',
+    optax.chain(
+      optax.sgd(0.1),
+      optax.inject_hyperparams(
+        lambda learning_rate: msp.proximal('group_lasso', found, learning_rate)
+      )(learning_rate=0.1),
+    ),
+  )
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'sgd',
+    'lion',
+    'schedule',
+    'rmsprop',
+    'multi_steps',
+    'masked',
+    'partition',
+    'inject',
+  ],
+)
+def test_composes_with_optax(name):
+  params = make_params()
+  found = gr.find(params)
+  tx = dict(transform_cases(found))[name]
+  tx = optax.with_extra_args_support(tx)
+
+  @jax.jit
+  def step(params, state):
+    updates, state = tx.update(GRADS, state, params, sparsity=6.0)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  new = params
+  for _ in range(4):
+    new, after = step(new, state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert [x.dtype for x in jax.tree.leaves(after)] == [
+      x.dtype for x in jax.tree.leaves(state)
+    ]
+    state = after
+  kernels = gr.select(found, new)
+  assert not jnp.array_equal(
+    new['heads']['a']['kernel'], params['heads']['a']['kernel']
+  )
+  if name == 'rmsprop':
+    assert gr.sparsity(found, new).weights > 0
+  else:
+    assert gr.sparsity(found, new).groups > 0
+  if name == 'masked':
+    assert gr.alive(found, new)['backbone/layer1_0/kernel'].all()
+    assert not gr.alive(found, new)['backbone/stem/kernel'].all()
+  assert all(jnp.isfinite(k).all() for k in kernels.values())
+
+
+def test_prox_has_to_be_last():
+  params = make_params()
+  found = gr.find(params)
+  last = optax.chain(optax.sgd(0.1), msp.proximal('group_lasso', found, 0.1))
+  first = optax.chain(msp.proximal('group_lasso', found, 0.1), optax.sgd(0.1))
+  dead = []
+  for tx in (last, first):
+    updates, _ = tx.update(GRADS, tx.init(params), params, sparsity=100.0)
+    dead.append(gr.sparsity(found, optax.apply_updates(params, updates)).groups)
+  assert dead[0] == 1
+  assert dead[1] == 0
+
+
+def test_missing_arguments_are_errors():
+  params = make_params()
+  found = gr.find(params)
+  for tx in (
+    msp.proximal('group_lasso', found, 0.1),
+    msp.adaptive_proximal(optax.adam(0.1), 'group_lasso', found, 0.1),
+  ):
+    state = tx.init(params)
+    with pytest.raises(ValueError, match='params'):
+      tx.update(GRADS, state, sparsity=0.1)
+    with pytest.raises(TypeError, match='sparsity'):
+      tx.update(GRADS, state, params)
+    with pytest.raises(UserError, match='expected a scalar or 1 entries'):
+      tx.update(GRADS, state, params, sparsity=jnp.ones(3))
+  with pytest.raises(UserError, match='unknown penalty'):
+    msp.proximal('lasso', found, 0.1)
+
+
+def test_coefficients_by_layer():
+  params = make_params()
+  found = gr.find(params, granularity='layer')
+  tx = optax.chain(optax.sgd(0.1), msp.proximal('group_lasso', found, 0.1))
+  updates, _ = tx.update(
+    GRADS, tx.init(params), params, sparsity=jnp.array([100.0, 0.0])
+  )
+  alive = gr.alive(found, optax.apply_updates(params, updates))
+  assert not alive['backbone/layer1_0/kernel'].any()
+  assert alive['backbone/stem/kernel'].all()
+
+
+@pytest.mark.parametrize('adaptive', [False, True])
+def test_survival_floor(adaptive):
+  params = make_params()
+  found = gr.find(params)
+  if adaptive:
+    tx = msp.adaptive_proximal(optax.adam(0.1), 'group_lasso', found, 0.1, min_alive=2)
+  else:
+    tx = optax.chain(
+      optax.sgd(0.1), msp.proximal('group_lasso', found, 0.1, min_alive=2)
+    )
+  update = jax.jit(tx.update)
+  state = tx.init(params)
+  for _ in range(50):
+    updates, state = update(GRADS, state, params, sparsity=1e3)
+    params = optax.apply_updates(params, updates)
+  for layer, kernel in gr.select(found, params).items():
+    norms = np.sort(np.array(gr.norms(kernel, -2)))
+    floor = transforms.FLOOR_RMS * np.sqrt(kernel.size / kernel.shape[-2])
+    np.testing.assert_array_equal(norms[:-2], 0)
+    np.testing.assert_allclose(norms[-2:], floor, rtol=1e-3, err_msg=layer)
+  # Where nothing presses on it, the floor does nothing.
+  free = make_params()
+  updates, _ = tx.update(GRADS, tx.init(free), free, sparsity=0.0)
+  without = msp.adaptive_proximal(optax.adam(0.1), 'group_lasso', found, 0.1)
+  if adaptive:
+    same, _ = without.update(GRADS, without.init(free), free, sparsity=0.0)
+    jax.tree.map(np.testing.assert_array_equal, updates, same)
+
+
+def test_scale_by_mean_magnitude_is_robust():
+  tx = transforms.scale_by_mean_magnitude(decay=0.9, clip=3.0)
+  state = tx.init(jnp.zeros(2))
+  for u in ([2.0, 0.0], [-2.0, 0.0]):
+    scaled, state = tx.update(jnp.array(u), state)
+    np.testing.assert_allclose(scaled, np.sign(u), rtol=1e-6)
+  outlier, state = tx.update(jnp.array([2e6, 1e-9]), state)
+  assert outlier[0] == 3.0
+  after, _ = tx.update(jnp.array([2.0, 1e-9]), state)
+  assert after[0] > 0.4  # the outlier is forgotten at once
+
+
+def test_bounded():
+  tx = transforms.bounded(-1.0, 0.0)
+  p = jnp.array([-0.9, -0.1])
+  updates, _ = tx.update(jnp.array([-5.0, 5.0]), tx.init(p), p)
+  np.testing.assert_array_equal(optax.apply_updates(p, updates), [-1.0, 0.0])
+
+
+def test_build_resolves_names():
+  tx = transforms.build(
+    [
+      {'name': 'clip_by_global_norm', 'max_norm': 1.0},
+      {'name': 'bounded', 'lower': -1.0, 'upper': 1.0},
+    ],
+    'outer',
+  )
+  p = jnp.zeros(1)
+  updates, _ = tx.update(jnp.array([7.0]), tx.init(p), p)
+  np.testing.assert_allclose(updates, 1.0)
+  for entry, message in (
+    ({'name': 'adamm'}, 'unknown transform'),
+    ({'name': 'sgd', 'lr': 1}, 'cannot take'),
+    ({'name': 'l2_loss'}, 'cannot take'),
+    ({'name': 'safe_increment', 'count': 1}, 'not an optax transform'),
+  ):
+    with pytest.raises(UserError, match=message):
+      transforms.build([entry], 'outer')
