@@ -1,5 +1,6 @@
 """The inner loop: K optimiser steps on the support data, prox inside."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 PyTree = Any
 Loss = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
@@ -29,49 +31,59 @@ def gradient(loss: Loss) -> Callable[[PyTree, PyTree], tuple]:
     and reverse mode, with respect to params. The auxiliary tree is constant.
 
   Raises:
-    TypeError: on differentiation with respect to the batch.
+    TypeError: on differentiation with respect to anything but params.
   """
 
-  def value_and_gradient(params, batch):
-    (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+  def value_and_gradient(fn, params, *rest):
+    (value, aux), grads = jax.value_and_grad(fn, has_aux=True)(params, *rest)
     return value, jax.lax.stop_gradient(aux), grads
 
-  def hessian_product(residuals, vector):
-    params, batch = residuals
-    grad = lambda p: jax.grad(loss, has_aux=True)(p, batch)[0]
-    return jax.jvp(grad, (params,), (vector,))[1]
+  def function(params, batch):
+    # Whatever `loss` closes over has to be an argument of a linear_call.
+    traced, out_shape = jax.make_jaxpr(loss, return_shape=True)(params, batch)
 
-  def rule(primals, tangents):
-    params, batch = primals
-    d_params, d_batch = tangents
-    if not all(map(_is_zero, _leaves(d_batch))):
-      raise TypeError(
-        'msp.adapt is differentiable in the parameters and the coefficient, '
-        'not in its batches'
-      )
-    out = function(params, batch)
-    value, aux, grads = out
-    d_aux = jax.tree.map(_zero_tangent, aux)
-    if all(map(_is_zero, _leaves(d_params))):
-      # The first step of forward mode: θ⁰ does not depend on ρ.
-      return out, (jnp.zeros_like(value), d_aux, jax.tree.map(_zero, grads))
-    d_params = jax.tree.map(
-      lambda t: jnp.zeros(t.shape, t.dtype) if _is_zero(t) else t,
-      d_params,
-      is_leaf=_is_zero,
-    )
-    d_grads = jax.custom_derivatives.linear_call(
-      hessian_product, hessian_product, (params, batch), d_params
-    )
-    return out, (optax.tree.vdot(grads, d_params), d_aux, d_grads)
+    def explicit(params, batch, consts):
+      closed = ClosedJaxpr(traced.jaxpr, consts)
+      flat = jaxpr_as_fun(closed)(*jax.tree.leaves((params, batch)))
+      return jax.tree.unflatten(jax.tree.structure(out_shape), flat)
 
-  function = jax.custom_jvp(value_and_gradient)
-  function.defjvp(rule, symbolic_zeros=True)
+    evaluate = jax.custom_jvp(functools.partial(value_and_gradient, explicit))
+    evaluate.defjvp(functools.partial(_rule, explicit, evaluate), symbolic_zeros=True)
+    return evaluate(params, batch, traced.consts)
+
   return function
 
 
+def _hessian_product(loss, residuals, vector):
+  params, *rest = residuals
+  grad = lambda p: jax.grad(loss, has_aux=True)(p, *rest)[0]
+  return jax.jvp(grad, (params,), (vector,))[1]
+
+
+def _rule(loss, evaluate, primals, tangents):
+  d_params, *d_rest = tangents
+  if not all(map(_is_zero, _leaves(d_rest))):
+    raise TypeError(
+      'msp.adapt is differentiable in the parameters and the coefficient, not in '
+      'its batches or in what its loss closes over'
+    )
+  out = evaluate(*primals)
+  value, aux, grads = out
+  d_aux = jax.tree.map(_zero_tangent, aux)
+  if all(map(_is_zero, _leaves(d_params))):
+    # The first step of forward mode: θ⁰ does not depend on ρ.
+    return out, (jnp.zeros_like(value), d_aux, jax.tree.map(jnp.zeros_like, grads))
+  d_params = jax.tree.map(
+    lambda t: jnp.zeros(t.shape, t.dtype) if _is_zero(t) else t,
+    d_params,
+    is_leaf=_is_zero,
+  )
+  product = functools.partial(_hessian_product, loss)
+  d_grads = jax.custom_derivatives.linear_call(product, product, primals, d_params)
+  return out, (optax.tree.vdot(grads, d_params), d_aux, d_grads)
+
+
 _is_zero = lambda t: isinstance(t, jax.custom_derivatives.SymbolicZero)
-_zero = lambda x: jnp.zeros(x.shape, x.dtype)
 
 
 def _leaves(tangents):

@@ -21,14 +21,14 @@ def subsets(num_tasks: int) -> np.ndarray:
   return rows[order].astype(bool)
 
 
-def draw(key: jax.Array, num_tasks: int, how: str | int) -> np.ndarray | jax.Array:
+def draw(key: jax.Array, num_tasks: int, how: str) -> np.ndarray | jax.Array:
   """The episodes of one step.
 
   Args:
     key: PRNG key.
     num_tasks: T.
     how: 'all' (every non-empty subset), 'full' (one episode with every task), or
-      n: that many subsets, drawn uniformly and independently.
+      a number, '2': that many subsets, drawn uniformly and independently.
 
   Returns:
     Bool, shape (episodes, T): on the host for 'all' and 'full'.
@@ -46,11 +46,11 @@ def draw(key: jax.Array, num_tasks: int, how: str | int) -> np.ndarray | jax.Arr
         f'episodes a step; draw some, for example meta.episodes=2'
       )
     return subsets(num_tasks)
-  if not isinstance(how, int) or how < 1:
+  if not how.isdecimal() or int(how) < 1:
     raise UserError(
       f'meta.episodes={how!r}: expected all, full or a number of at least 1'
     )
-  codes = jax.random.randint(key, (how,), 1, 2**num_tasks)
+  codes = jax.random.randint(key, (int(how),), 1, 2**num_tasks)
   return _bits(codes, num_tasks).astype(jnp.bool_)
 
 

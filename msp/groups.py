@@ -253,14 +253,12 @@ def sparsity(groups: Groups, params: PyTree) -> Sparsity:
   """Counts dead groups and zero weights on the axis the prox uses."""
   leaves = select(groups, params)
   masks = alive(groups, params)
-  counts = jnp.stack([jnp.sum(m, dtype=jnp.int32) for m in masks.values()])
-  total = sum(m.size for m in masks.values())
-  nonzero = sum(jnp.sum(leaf != 0, dtype=jnp.int32) for leaf in leaves.values())
-  weights = sum(leaf.size for leaf in leaves.values())
+  dead = sum(jnp.sum(~mask) for mask in masks.values())
+  zeros = sum(jnp.sum(leaf == 0) for leaf in leaves.values())
   return Sparsity(
-    groups=1 - jnp.sum(counts) / total,
-    weights=1 - nonzero / weights,
-    alive=counts,
+    groups=dead / sum(mask.size for mask in masks.values()),
+    weights=zeros / sum(leaf.size for leaf in leaves.values()),
+    alive=jnp.stack([jnp.sum(m, dtype=jnp.int32) for m in masks.values()]),
   )
 
 

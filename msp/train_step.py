@@ -93,7 +93,7 @@ def make_train_step(
   combination: Combination,
   inner: optax.GradientTransformation | None = None,
   inner_steps: int = 0,
-  episode_draw: str | int = 'full',
+  episode_draw: str = 'full',
   exact: bool = True,
   rho_optimizer: optax.GradientTransformation | None = None,
   hypergradient: str = 'forward',
@@ -127,7 +127,7 @@ def make_train_step(
   Returns:
     The step. `batches` has 'query', with K > 0 'support', with a rho_optimizer
     'hold_out'. Metrics are scalars but for 'alive', shape (layers,), int32, and
-    'lambda', 'rho', 'hypergradient', which have the shape of ρ; 'nonfinite' is the
+    'lambda', 'lambda_relative' (λ/λ_max) and 'hypergradient', of ρ's shape; 'nonfinite' is the
     position of the first gradient leaf with a NaN or infinity, −1 if there is none.
   """
   names = tuple(tasks)
@@ -259,7 +259,7 @@ def make_train_step(
       'nonfinite': jnp.where(jnp.all(finite), -1, jnp.argmin(finite)),
     }
     if sparsity is not None:
-      metrics |= {'lambda': sparsity, 'rho': state.rho}
+      metrics |= {'lambda': sparsity, 'lambda_relative': jnp.exp(state.rho)}
     if rho_optimizer is not None:
       metrics |= {
         'hypergradient': means['rho'],

@@ -1,0 +1,23 @@
+"""Meta-Sparsity (arXiv 2501.12115) on CamVid street scenes: λ is learned.
+
+Full size (one accelerator or more):
+  python launch.py --config configs/camvid_meta.py --config.data.source=/path/to/CamVid
+Small (2 CPU cores):
+  python launch.py --config configs/camvid_meta.py:tiny \
+      --config.data.source=/path/to/CamVid
+Variation: one λ for each stage: ... --config.sparsity.granularity=stage
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """Option: 'tiny' (minutes on a CPU)."""
+  given = common.options(arg, ('tiny',))
+  config = common.camvid()
+  config.name = common.name('camvid_meta', given)
+  common.learn_coefficient(config)
+  common.apply(config, given)
+  return config

@@ -1,0 +1,25 @@
+"""Meta-Sparsity (arXiv 2501.12115) on CelebAMask-HQ: λ is learned.
+
+Full size (the published settings; one accelerator or more):
+  python launch.py --config configs/celeba_meta.py \
+      --config.data.source=/path/to/CelebAMask-HQ
+On the procedural stand-in, small (2 CPU cores):
+  python launch.py --config configs/celeba_meta.py:procedural,tiny
+Variation: seven tasks, two episodes drawn a step:
+  ... --config.tasks="('segmentation','male','smiling','arched_eyebrows',\
+'wearing_lipstick','high_cheekbones','big_lips')" --config.meta.episodes=2
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """Options: 'procedural' (rendered faces) and 'tiny' (minutes on a CPU)."""
+  given = common.options(arg, ('procedural', 'tiny'))
+  config = common.celeba()
+  config.name = common.name('celeba_meta', given)
+  common.learn_coefficient(config)
+  common.apply(config, given)
+  return config

@@ -1,0 +1,147 @@
+"""What all configurations share: the fields, and their published values."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def options(arg: str | None, known: tuple[str, ...]) -> set[str]:
+  """Parses 'procedural,tiny'; an unknown option raises and lists the known ones."""
+  given = {part for part in (arg or '').split(',') if part}
+  unknown = given - set(known)
+  if unknown:
+    raise ValueError(
+      f'unknown option {", ".join(sorted(unknown))} after the configuration file; '
+      f'known: {", ".join(known)}'
+    )
+  return given
+
+
+def base() -> ConfigDict:
+  """Less is More's training settings (arXiv 2308.12114), no coefficient, K = 0."""
+  config = ConfigDict()
+  config.name = 'run'
+  config.seed = 0
+  config.tasks = ('segmentation',)
+
+  config.data = ConfigDict()
+  config.data.name = 'celebamask_hq'
+  config.data.source = ''  # folder with the published files
+  config.data.prepared = 'datasets/prepared'  # ArrayRecord copies go here
+  config.data.image_size = (256, 256)  # rows, columns
+  config.data.hold_out = 0.0  # share of train kept for λ
+  config.data.flip = True
+  config.data.procedural_images = 0  # > 0: render that many faces as `source`
+  config.data.eval_examples = 0  # of val and of test; 0: all
+
+  config.model = ConfigDict()
+  config.model.depth = 50
+  config.model.blocks = config_dict.placeholder(tuple)  # None: those of `depth`
+  config.model.block = config_dict.placeholder(str)  # 'basic' | 'bottleneck'
+  config.model.width = 1.0
+  config.model.norm = 'batch'  # 'batch' | 'group'
+  config.model.dtype = 'float32'  # of the computation; parameters are float32
+  config.model.head_features = 256
+  config.model.dropout = 1.0  # factor on the heads' published rates
+  config.model.convolution_implementation = 'auto'
+
+  config.loss = ConfigDict()
+  config.loss.combination = 'uncertainty'  # 'sum' | 'fixed' | 'uncertainty'
+  config.loss.weights = ConfigDict()  # of 'fixed', by task
+  config.loss.resolution = 'output'  # 'output' (1/8, as published) | 'label'
+  config.loss.edges = 'huber'  # 'huber' | 'balanced'
+
+  # θ⁰'s optimiser. Entries name transforms of msp.transforms or optax.
+  config.optimizer = [
+    ConfigDict(dict(name='adamw', learning_rate=1e-4, weight_decay=0.1, eps=1e-6)),
+  ]
+
+  config.meta = ConfigDict()
+  config.meta.inner_steps = 0  # K
+  config.meta.episodes = 'all'  # 'all' subsets | 'full' | a number drawn a step
+  config.meta.exact = True  # θ⁰'s gradient through the inner steps
+  config.meta.optimizer = [ConfigDict(dict(name='sgd', learning_rate=1e-2))]
+  config.meta.unroll = 'auto'  # 'auto' (on CPU) | 'yes' | 'no'
+
+  config.sparsity = ConfigDict()
+  config.sparsity.coefficient = 'none'  # 'none' | 'fixed' | 'learned'
+  config.sparsity.value = 0.0  # λ, if fixed
+  config.sparsity.start = 1e-2  # λ/λ_max at the start, if learned
+  config.sparsity.penalty = 'group_lasso'  # 'group_lasso' | 'l1'
+  config.sparsity.axis = 'in'  # 'in' | 'out' | 'weight'
+  config.sparsity.pattern = r'backbone/.*kernel'
+  config.sparsity.granularity = 'scalar'  # 'scalar' | 'stage' | 'layer'
+  config.sparsity.metric = 'adam'  # of the outer prox: 'adam' | 'euclidean'
+  config.sparsity.min_alive = 1  # groups of each layer that survive
+  config.sparsity.hypergradient = 'forward'  # 'forward' | 'reverse'
+  config.sparsity.optimizer = [  # ρ's
+    ConfigDict(dict(name='scale_by_mean_magnitude', decay=0.95, clip=3.0)),
+    ConfigDict(dict(name='sgd', learning_rate=0.02, momentum=0.9)),
+    ConfigDict(dict(name='bounded', lower=-6.9, upper=0.0)),
+  ]
+
+  config.train = ConfigDict()
+  config.train.steps = 65_600
+  config.train.batch_size = 32  # K > 0: half support, half query
+  config.train.log_every = 50
+  config.train.evaluate_every = 656  # and a checkpoint
+  config.train.patience = 10  # evaluations without a better score; 0: never stop
+  return config
+
+
+def celeba() -> ConfigDict:
+  """CelebAMask-HQ with the three tasks of Less is More."""
+  config = base()
+  config.data.name = 'celebamask_hq'
+  config.data.source = 'datasets/CelebAMask-HQ'
+  config.tasks = ('segmentation', 'male', 'smiling')
+  return config
+
+
+def camvid() -> ConfigDict:
+  """CamVid with dense and image-level tasks; the published recipe otherwise."""
+  config = base()
+  config.data.name = 'camvid'
+  config.data.source = 'datasets/CamVid'
+  config.data.image_size = (360, 480)
+  config.tasks = ('segmentation', 'edges', 'presence_pedestrian', 'presence_bicyclist')
+  config.train.batch_size = 16
+  config.train.steps = 12_000
+  config.train.evaluate_every = 120
+  config.train.patience = 25
+  return config
+
+
+def learn_coefficient(config: ConfigDict) -> None:
+  """Makes it Meta-Sparsity: inner steps, and λ learned on a part of train."""
+  config.meta.inner_steps = 3
+  config.sparsity.coefficient = 'learned'
+  config.data.hold_out = 0.2
+
+
+def name(stem: str, given: set[str]) -> str:
+  """Name of a run: 'celeba_meta-procedural-tiny'."""
+  return '-'.join([stem, *sorted(given)])
+
+
+def apply(config: ConfigDict, given: set[str]) -> None:
+  """Applies the options that mean the same in every configuration."""
+  if 'fixed' in given:
+    config.sparsity.coefficient = 'fixed'
+    config.sparsity.value = 1e-5
+  if 'procedural' in given:
+    config.data.source = 'datasets/procedural_faces'
+    config.data.procedural_images = 1000
+  if 'tiny' in given:
+    config.data.image_size = (64, 64) if config.data.name != 'camvid' else (72, 96)
+    config.model.blocks = (1, 1, 1, 1)
+    config.model.block = 'basic'
+    config.model.width = 0.25
+    config.model.head_features = 32
+    config.loss.resolution = 'label'
+    config.optimizer[0].learning_rate = 1e-3
+    config.meta.episodes = '1'
+    config.meta.exact = False
+    config.train.steps = 400
+    config.train.batch_size = 32
+    config.train.log_every = 5
+    config.train.evaluate_every = 50
+    config.train.patience = 0

@@ -1,0 +1,98 @@
+"""Reading and writing single files: complete or not at all, errors named."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data.errors import DataError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+  """Writes a file that is either complete or absent, whenever it is killed."""
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_bytes(content)
+  os.replace(temporary, path)
+
+
+def read_image(path: Path, image_size: tuple[int, int]) -> np.ndarray:
+  """Reads a colour picture and resizes it with antialiasing (Lanczos).
+
+  Args:
+    path: a file that Pillow can read.
+    image_size: (H, W); another aspect ratio is stretched to it.
+
+  Returns:
+    (H, W, 3) uint8.
+
+  Raises:
+    DataError: the file is missing, truncated or no image.
+  """
+  rows, columns = image_size
+  with _open(path) as image:
+    # JPEG only: decode at a half, quarter, ... of the size when at least twice
+    # the wanted resolution remains for the antialiased resize.
+    image.draft('RGB', (2 * columns, 2 * rows))
+    image = _load(image, path).convert('RGB')
+    if image.size != (columns, rows):
+      image = image.resize((columns, rows), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def read_label(path: Path) -> np.ndarray:
+  """Reads a label image without interpreting its values.
+
+  Returns:
+    (h, w) uint8: grey values, or the indices of a palette image.
+
+  Raises:
+    DataError: the file is missing, unreadable, or has several channels.
+  """
+  with _open(path) as image:
+    if image.mode not in ('L', 'P', '1'):
+      raise DataError(
+        f'label image {path} has mode {image.mode}, expected one 8-bit channel'
+        ' of class indices; replace the file'
+      )
+    return np.asarray(_load(image, path)).astype(np.uint8)
+
+
+def read_mask(path: Path) -> np.ndarray:
+  """Reads a black-and-white mask of any image mode, grey or colour.
+
+  Returns:
+    (h, w) bool: everything that is not black.
+
+  Raises:
+    DataError: the file is missing or unreadable.
+  """
+  with _open(path) as image:
+    return np.asarray(_load(image, path).convert('L')) > 0
+
+
+def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Nearest-neighbour resize of (h, w) to `size`: no value is made up."""
+  rows, columns = (
+    ((np.arange(new) + 0.5) * old / new).astype(np.intp)
+    for new, old in zip(size, label.shape, strict=True)
+  )
+  return label[rows[:, None], columns]
+
+
+def _open(path: Path) -> Image.Image:
+  try:
+    return Image.open(path)
+  except FileNotFoundError:
+    raise DataError(f'missing file {path}') from None
+  except OSError as error:
+    raise DataError(f'unreadable image {path}: {error}') from None
+
+
+def _load(image: Image.Image, path: Path) -> Image.Image:
+  try:
+    image.load()
+  # Pillow raises SyntaxError and ValueError, too, on broken PNG chunks.
+  except (OSError, SyntaxError, ValueError) as error:
+    raise DataError(f'unreadable image {path}: {error}') from None
+  return image

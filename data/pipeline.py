@@ -1,0 +1,219 @@
+"""From a prepared data set to batches, with grain.
+
+Stored records are uint8; flips act on single records, everything else on whole
+batches: labels of the tasks, images to float32 in [0, 1].
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+
+from data.errors import DataError
+from data.preparation import data_set, prepared_folder, read_summary
+
+Batch = dict[str, np.ndarray]
+
+# Whole batches in flight; at 256 x 256 and 32 images one takes 25 MB.
+READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+
+
+class Source:
+  """Random access to the stored records of one part of a data set."""
+
+  def __init__(self, name: str, records: Sequence, indices: np.ndarray):
+    self.name = name
+    self._records = records
+    self.indices = indices  # positions in the stored split
+
+  def __len__(self) -> int:
+    return len(self.indices)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    return self._records[int(self.indices[index])]
+
+
+class Splits(NamedTuple):
+  """The parts of a data set; `hold_out` is None if nothing is held out."""
+
+  train: Source
+  hold_out: Source | None
+  val: Source
+  test: Source
+
+
+def open(
+  name: str,
+  prepared: Path | str,
+  image_size: tuple[int, int],
+  hold_out: float,
+) -> Splits:
+  """Opens a prepared data set.
+
+  Args:
+    name: `celebamask_hq` or `camvid`.
+    prepared: folder under which it was built.
+    image_size: (H, W) it was built with.
+    hold_out: fraction of train that is kept apart to train the sparsity
+      coefficient on, by the rule of the data set's module; 0: none.
+
+  Returns:
+    Random-access sources of train, hold_out, val and test.
+
+  Raises:
+    DataError: not prepared or damaged; `hold_out` leaves a part empty.
+  """
+  folder = prepared_folder(name, prepared, image_size)
+  if not folder.exists():
+    raise DataError(
+      f'{name} is not prepared at {image_size[0]}x{image_size[1]}, looked for at'
+      f' {folder}; run launch.py with the same --config and --mode prepare'
+    )
+  summary = read_summary(folder)
+  try:
+    builder = tfds.builder_from_directory(folder)
+    records = {split: builder.as_data_source(split) for split in summary['names']}
+  except Exception as error:  # whatever TFDS raises on a damaged folder
+    raise DataError(
+      f'prepared data set {folder} is damaged ({error}); remove it and run'
+      ' launch.py with --mode prepare'
+    ) from error
+  held_out = data_set(name).hold_out_mask(summary['names']['train'], hold_out)
+  if hold_out and (held_out.all() or not held_out.any()):
+    raise DataError(
+      f'holding out the fraction {hold_out} of {len(held_out)} train images of'
+      f' {name} leaves one part empty; choose another fraction'
+    )
+  part = lambda split, indices: Source(name, records[split], indices)
+  return Splits(
+    train=part('train', np.flatnonzero(~held_out)),
+    hold_out=part('train', np.flatnonzero(held_out)) if hold_out else None,
+    val=part('val', np.arange(len(records['val']))),
+    test=part('test', np.arange(len(records['test']))),
+  )
+
+
+def train_iterator(
+  source: Source,
+  tasks: Sequence[str],
+  *,
+  batch_size: int,
+  seed: int,
+  flip: bool,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> grain.DatasetIterator:
+  """Endless shuffled batches; position can be saved and restored exactly.
+
+  Every epoch is a new permutation of the source; batches run on over the end of
+  an epoch, so none is short and no image is left out. The global batch, its
+  order and its flips do not depend on the number of processes.
+
+  Args:
+    source: from `open`.
+    tasks: names of the labels to yield.
+    batch_size: images in the global batch, over all processes.
+    seed: of order and flips, 0 to 2**32 - 1.
+    flip: whether to mirror half of the images, with their labels.
+    process_index: this process.
+    process_count: number of processes; divides `batch_size`.
+
+  Returns:
+    Iterator with `get_state` and `set_state`. Yields this process's rows of
+    `image` (B, H, W, 3) float32 in [0, 1], one array per task, and `valid`
+    (B,) bool, all True.
+
+  Raises:
+    DataError: unknown task, empty source, or an impossible batch size.
+  """
+  local_size = _local_batch_size(source, tasks, batch_size, process_count)
+  dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+  if flip:
+    dataset = dataset.random_map(_RandomFlip(source.name))
+  dataset = dataset.batch(local_size)[process_index::process_count]
+  dataset = dataset.map(lambda records: _batch(source.name, records, tasks))
+  return iter(dataset.to_iter_dataset(READ_OPTIONS))
+
+
+def eval_batches(
+  source: Source,
+  tasks: Sequence[str],
+  *,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  limit: int | None = None,
+) -> Iterator[Batch]:
+  """Every image once, in stored order, none left out.
+
+  Args:
+    source: from `open`.
+    tasks: names of the labels to yield.
+    batch_size: images in the global batch, over all processes.
+    process_index: this process.
+    process_count: number of processes; divides `batch_size`.
+    limit: only the first `limit` images.
+
+  Returns:
+    Iterator of batches as in `train_iterator`; all have the same shape and all
+    processes yield the same number. Rows with `valid` False fill up the last.
+
+  Raises:
+    DataError: unknown task, empty source, or an impossible batch size.
+  """
+  local_size = _local_batch_size(source, tasks, batch_size, process_count)
+  total = len(source) if limit is None else min(limit, len(source))
+
+  def batches():
+    first = process_index * local_size
+    for start in range(first, first + total, batch_size):
+      rows = np.arange(start, start + local_size)
+      valid = rows < total
+      # Padding repeats the last image: any row of the right shape will do.
+      records = [source[row] for row in np.minimum(rows, total - 1)]
+      stacked = {
+        key: np.stack([record[key] for record in records]) for key in records[0]
+      }
+      yield _batch(source.name, stacked, tasks) | {'valid': valid}
+
+  return batches()
+
+
+class _RandomFlip(grain.transforms.RandomMap):
+  """Mirrors half of the records; grain seeds each one by its position."""
+
+  def __init__(self, name: str):
+    self._flip = data_set(name).flip
+
+  def random_map(
+    self, element: Mapping[str, np.ndarray], rng: np.random.Generator
+  ) -> Mapping[str, np.ndarray]:
+    return self._flip(element) if rng.random() < 0.5 else element
+
+
+def _batch(name: str, records: Mapping[str, Any], tasks: Sequence[str]) -> Batch:
+  image = np.multiply(records['image'], np.float32(1 / 255), dtype=np.float32)
+  labels = data_set(name).task_labels(records, tasks)
+  return {'image': image, 'valid': np.ones(len(image), bool)} | labels
+
+
+def _local_batch_size(
+  source: Source, tasks: Sequence[str], batch_size: int, process_count: int
+) -> int:
+  known = data_set(source.name).LABELS
+  for task in tasks:
+    if task not in known:
+      raise DataError(
+        f'unknown task {task!r} of {source.name}, known: {", ".join(known)}'
+      )
+  if not len(source):
+    raise DataError(f'a part of {source.name} holds no images')
+  if batch_size < 1 or batch_size % process_count:
+    raise DataError(
+      f'batch size {batch_size} must be a positive multiple of the'
+      f' {process_count} processes'
+    )
+  return batch_size // process_count

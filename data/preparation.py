@@ -1,0 +1,390 @@
+"""Builds a data set once: published files -> checked, resized -> ArrayRecord.
+
+Two stages below a temporary folder next to the final one:
+  1. every image and label is decoded, checked and resized, in blocks of
+     `BLOCK` images; a finished block is a file. A killed run continues with
+     the first block that is missing. All unusable files are found before
+     anything is built.
+  2. TFDS writes the blocks as ArrayRecord. The result is read back, completed
+     by `prepared.json` and renamed to its final place; a kill before that
+     leaves nothing there, and the blocks for the next run.
+The temporary folder needs the room of the uncompressed data set.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+
+from data import camvid, celebamask_hq
+from data.builder import FileBuilder, SizeConfig, size_config
+from data.errors import DataError
+from data.files import write_atomically
+from data.labels import Label
+from data.progress import progress_bar
+
+BLOCK = 128
+SUMMARY = 'prepared.json'
+BAD_FILES_IN_MESSAGE = 3
+
+DATA_SETS: dict[str, ModuleType] = {
+  'celebamask_hq': celebamask_hq,
+  'camvid': camvid,
+}
+_BUILDERS: dict[str, type[FileBuilder]] = {
+  'celebamask_hq': celebamask_hq.CelebamaskHq,
+  'camvid': camvid.Camvid,
+}
+
+
+def data_set(name: str) -> ModuleType:
+  """The module of a data set: LABELS, scan, read, flip, task_labels, ..."""
+  if name not in DATA_SETS:
+    raise DataError(f'unknown data set {name!r}, known: {", ".join(DATA_SETS)}')
+  return DATA_SETS[name]
+
+
+def labels(name: str) -> dict[str, Label]:
+  """Every task of a data set.
+
+  Args:
+    name: `celebamask_hq` or `camvid`.
+
+  Returns:
+    Task name -> kind and classes of its label.
+
+  Raises:
+    DataError: unknown data set.
+  """
+  return dict(data_set(name).LABELS)
+
+
+def prepared_folder(
+  name: str, prepared: Path | str, image_size: tuple[int, int]
+) -> Path:
+  """Where the prepared data set is: `prepared`/name/HxW/version."""
+  data_set(name)
+  version = str(_BUILDERS[name].VERSION)
+  return Path(prepared) / name / size_config(image_size).name / version
+
+
+def prepare(
+  name: str,
+  source: Path | str,
+  prepared: Path | str,
+  image_size: tuple[int, int],
+  *,
+  skip_corrupt: bool = False,
+  progress: bool = True,
+) -> Path:
+  """Builds a data set from its published files, or verifies the one built.
+
+  A killed run continues where it stopped when the same call is made again.
+
+  Args:
+    name: `celebamask_hq` or `camvid`.
+    source: folder that holds the published files.
+    prepared: folder under which data sets are built.
+    image_size: (H, W) in pixels to resize to.
+    skip_corrupt: leave unusable images out instead of stopping.
+    progress: whether to report progress.
+
+  Returns:
+    The folder of the prepared data set.
+
+  Raises:
+    DataError: the source is missing or has unusable files; the existing
+      prepared set is damaged, of another version or of another source; nothing
+      can be written.
+  """
+  source = Path(source)
+  final = prepared_folder(name, prepared, image_size)
+  work = final.parent.with_name(final.parent.name + '.building')
+  try:
+    if final.exists():
+      _verify(name, final, source)
+      logging.info('%s: found and verified', final)
+      return final
+    for other in final.parent.glob('*'):
+      raise DataError(
+        f'{other} was built by another version of this program (now'
+        f' {final.name}); ' + _rebuild(other)
+      )
+    splits = data_set(name).scan(source)
+    for split, entries in splits.items():
+      if not entries:
+        raise DataError(
+          f'{source} holds {sum(map(len, splits.values()))} images, too few:'
+          f' the split {split} is empty'
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    with _exclusive(work):
+      preparation = _Preparation(
+        name, source, work, size_config(image_size), splits, progress
+      )
+      left_out = _left_out(preparation.check(), splits, work, skip_corrupt)
+      built = preparation.build(left_out)
+      _verify(name, built, source)
+      final.parent.mkdir(exist_ok=True)
+      os.replace(built, final)
+      shutil.rmtree(work)
+  except OSError as error:
+    raise DataError(f'cannot prepare {name} in {work}: {error}') from error
+  return final
+
+
+def read_summary(folder: Path) -> dict:
+  """What `prepare` noted about a prepared data set.
+
+  Returns:
+    `images` (number in the source), `left_out`, `stand_in` (settings of the
+    renderer, or None for real data) and `names` by split, in stored order.
+
+  Raises:
+    DataError: the note is missing or unreadable.
+  """
+  try:
+    return json.loads((folder / SUMMARY).read_text())
+  except (OSError, ValueError) as error:
+    raise DataError(
+      f'prepared data set {folder} is damaged ({error}); ' + _rebuild(folder)
+    ) from None
+
+
+def _rebuild(folder: Path) -> str:
+  return f'rebuild it: rm -r {folder}, then run the same command again'
+
+
+class _Bad(NamedTuple):
+  """An image that cannot be used."""
+
+  split: str
+  name: str
+  problem: str
+
+
+class _Preparation:
+  """One run of `prepare`: the two stages and what they share."""
+
+  def __init__(
+    self,
+    name: str,
+    source: Path,
+    work: Path,
+    config: SizeConfig,
+    splits: dict[str, list],
+    progress: bool,
+  ):
+    self.name = name
+    self.source = source
+    self.work = work
+    self.config = config
+    self.splits = splits
+    self.progress = progress
+    self.total = sum(map(len, splits.values()))
+
+  def check(self) -> list[_Bad]:
+    """Decodes all images into blocks; returns those that cannot be used."""
+    bad = []
+    what = f'checking and resizing {self.name}'
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+      def checked():
+        for split in self.splits:
+          for entries in self._blocks(split):
+            path = self._block_path(entries)
+            if path.exists():
+              yield from entries
+              continue
+            results = []
+            for result in pool.map(self._try_to_read, entries):
+              results.append(result)
+              yield result
+            problems = [
+              _Bad(split, entry.name, str(result))
+              for entry, result in zip(entries, results, strict=True)
+              if isinstance(result, DataError)
+            ]
+            bad.extend(problems)
+            if not problems:
+              _write_block(path, results)
+
+      for _ in progress_bar(checked(), self.total, what, self.progress):
+        pass
+    return bad
+
+  def build(self, left_out: set[tuple[str, str]]) -> Path:
+    """Writes the blocks as ArrayRecord; returns the folder."""
+    shutil.rmtree(self.work / 'tfds', ignore_errors=True)
+    logging.info('writing %d images of %s', self.total, self.name)
+    with _quiet_tfds():
+      builder = _BUILDERS[self.name](
+        data_dir=self.work / 'tfds',
+        config=self.config,
+        file_format='array_record',
+      )
+      builder.decoded = {split: self._records(split, left_out) for split in self.splits}
+      builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(manual_dir=self.source)
+      )
+    summary = {
+      'images': self.total,
+      'left_out': sorted(f'{split}/{name}' for split, name in left_out),
+      'stand_in': _stand_in(self.source),
+      'names': {
+        split: [e.name for e in entries if (split, e.name) not in left_out]
+        for split, entries in self.splits.items()
+      },
+    }
+    folder = Path(builder.data_dir)
+    write_atomically(folder / SUMMARY, json.dumps(summary).encode())
+    return folder
+
+  def _blocks(self, split: str) -> Iterator[Sequence]:
+    entries = self.splits[split]
+    for start in range(0, len(entries), BLOCK):
+      yield entries[start : start + BLOCK]
+
+  def _read(self, entry) -> dict:
+    return data_set(self.name).read(entry, self.config.image_size)
+
+  def _try_to_read(self, entry) -> dict | DataError:
+    try:
+      return self._read(entry)
+    except DataError as error:
+      return error
+
+  def _records(self, split: str, left_out: set[tuple[str, str]]) -> Iterator[dict]:
+    for entries in self._blocks(split):
+      path = self._block_path(entries)
+      if path.exists():
+        with np.load(path) as block:
+          columns = dict(block)
+        for row, entry in enumerate(entries):
+          record = {key: column[row] for key, column in columns.items()}
+          yield record | {'name': entry.name}
+      else:  # It holds an unusable image.
+        for entry in entries:
+          if (split, entry.name) not in left_out:
+            yield self._read(entry)
+
+  def _block_path(self, entries: Sequence) -> Path:
+    """A block's file, named by what it is made from."""
+    digest = hashlib.sha256()
+    for entry in entries:
+      stamp = None
+      with contextlib.suppress(FileNotFoundError):
+        status = entry.image.stat()
+        stamp = (status.st_size, status.st_mtime_ns)
+      digest.update(repr((entry, stamp)).encode())
+    return self.work / f'{digest.hexdigest()[:32]}.npz'
+
+
+def _write_block(path: Path, records: list[dict]) -> None:
+  content = io.BytesIO()
+  keys = [key for key in records[0] if key != 'name']
+  np.savez(content, **{k: np.stack([r[k] for r in records]) for k in keys})
+  write_atomically(path, content.getvalue())
+
+
+def _left_out(
+  bad: list[_Bad], splits: dict[str, list], work: Path, skip_corrupt: bool
+) -> set[tuple[str, str]]:
+  """(split, name) of the images to leave out; raises unless that is wanted."""
+  if not bad:
+    return set()
+  total = sum(map(len, splits.values()))
+  shown = '; '.join(image.problem for image in bad[:BAD_FILES_IN_MESSAGE])
+  if len(bad) > BAD_FILES_IN_MESSAGE:
+    listing = work.with_suffix('.bad_files.txt')
+    lines = ''.join(image.problem + '\n' for image in bad)
+    write_atomically(listing, lines.encode())
+    shown += f'; ... all of them are listed in {listing}'
+  message = f'{len(bad)} of {total} images cannot be used: {shown}'
+  if not skip_corrupt:
+    raise DataError(f'{message}; repair them, or leave them out with --skip_corrupt')
+  left_out = {(image.split, image.name) for image in bad}
+  for split, entries in splits.items():
+    if all((split, entry.name) in left_out for entry in entries):
+      raise DataError(f'{message}; nothing remains of the split {split}')
+  logging.warning('left out: %s', message)
+  return left_out
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+  """Keeps TFDS from telling about places that will be renamed."""
+  tfds.disable_progress_bar()
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _exclusive(work: Path) -> Iterator[None]:
+  """Keeps a second process out of `work` until this one ends."""
+  with (work / 'lock').open('w') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise DataError(
+        f'another process is preparing this data set in {work}; wait for it'
+      ) from None
+    yield
+
+
+def _stand_in(source: Path) -> dict | None:
+  """Settings of the renderer if `source` is procedural, else None."""
+  try:
+    return json.loads((source / celebamask_hq.STAND_IN_MARKER).read_text())
+  except FileNotFoundError:
+    return None
+
+
+def _verify(name: str, folder: Path, source: Path) -> None:
+  """Raises DataError unless `folder` is whole and made from `source`."""
+  summary = read_summary(folder)
+  try:
+    counts = {split: len(names) for split, names in summary['names'].items()}
+    builder = tfds.builder_from_directory(folder)
+    found = {k: v.num_examples for k, v in builder.info.splits.items()}
+    if found != counts:
+      raise ValueError(f'{found} examples instead of {counts}')
+    for split in counts:
+      records = builder.as_data_source(split)
+      for index in (0, counts[split] - 1):
+        stored = records[index]['name'].decode()
+        if stored != summary['names'][split][index]:
+          raise ValueError(f'{split} record {index} is {stored}')
+  # Whatever TFDS, ArrayRecord or protobuf raise on a damaged file.
+  except Exception as error:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise DataError(
+      f'prepared data set {folder} is damaged ({reason}); ' + _rebuild(folder)
+    ) from error
+  # The source may have been removed once the data set was built.
+  try:
+    images = sum(map(len, data_set(name).scan(source).values()))
+  except DataError:
+    return
+  if images != summary['images'] or _stand_in(source) != summary['stand_in']:
+    raise DataError(
+      f'prepared data set {folder} was built from {summary["images"]} images of'
+      f' another state of the source ({source} has {images} now); ' + _rebuild(folder)
+    )

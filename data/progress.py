@@ -1,0 +1,42 @@
+"""Progress: a bar on a terminal, a line every few seconds in a log."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from absl import logging
+from tqdm import tqdm
+
+LOG_EVERY_SECONDS = 5.0
+
+T = TypeVar('T')
+
+
+def progress_bar(
+  items: Iterable[T], total: int, what: str, show: bool = True
+) -> Iterator[T]:
+  """Yields `items` and shows how many of `total` are done.
+
+  Args:
+    items: what to go through.
+    total: how many there are.
+    what: name of the work, e.g. 'rendering faces'.
+    show: False yields silently.
+
+  Yields:
+    The items.
+  """
+  if not show:
+    yield from items
+  elif sys.stderr.isatty():
+    yield from tqdm(items, total=total, desc=what, leave=False)
+  else:
+    started = reported = time.monotonic()
+    for done, item in enumerate(items, 1):
+      yield item
+      now = time.monotonic()
+      if done == total or now - reported >= LOG_EVERY_SECONDS:
+        reported = now
+        rate = done / max(now - started, 1e-9)
+        logging.info('%s: %d of %d (%.0f/s)', what, done, total, rate)

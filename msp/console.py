@@ -1,0 +1,112 @@
+"""What a person sees while a run goes on: a bar on a terminal, lines in a log."""
+
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+
+class Bar:
+  """Progress of the training steps.
+
+  On a terminal a bar that keeps λ, sparsity and losses beside it; otherwise a
+  line about every ten seconds.
+  """
+
+  def __init__(self, start: int, total: int):
+    self._terminal = sys.stderr.isatty()
+    self._bar = tqdm(
+      initial=start,
+      total=total,
+      unit='step',
+      dynamic_ncols=True,
+      disable=not self._terminal,
+    )
+    self._total = total
+    self._said = time.monotonic()
+    self._said_step = start
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *exc):
+    self._bar.close()
+
+  def advance(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Shows one step's numbers."""
+    self._bar.update(1)
+    now = time.monotonic()
+    elapsed = now - self._said
+    if elapsed < (0.5 if self._terminal else 10):
+      return
+    rate = elapsed / max(step - self._said_step, 1)
+    self._said, self._said_step = now, step
+    text = describe(metrics)
+    if self._terminal:
+      self._bar.set_postfix_str(text)
+    else:
+      left = (self._total - step) * rate
+      logging.info(
+        'step %d/%d, %.2f s/step, %d s left: %s', step, self._total, rate, left, text
+      )
+
+  def say(self, text: str) -> None:
+    """Prints a line that stays."""
+    if self._terminal:
+      self._bar.write(text, file=sys.stderr)
+    else:
+      logging.info('%s', text)
+
+
+def describe(metrics: Mapping[str, Any]) -> str:
+  """Loss, λ and sparsity of one step, in one line."""
+  parts = [f'loss {float(metrics["loss"]):.3f}']
+  if 'hold_out_loss' in metrics:
+    parts.append(f'hold-out {float(metrics["hold_out_loss"]):.3f}')
+  if 'lambda' in metrics:
+    parts.append(f'λ {float(np.mean(metrics["lambda"])):.2e}')
+  parts.append(f'dead groups {100 * float(metrics["group_sparsity"]):.1f} %')
+  return ', '.join(parts)
+
+
+class Clock:
+  """Wall time for each step since it was last asked or reset."""
+
+  def __init__(self, step: int):
+    self.reset(step)
+
+  def reset(self, step: int) -> None:
+    """Starts anew, so that evaluations and checkpoints do not count."""
+    self._time, self._step = time.monotonic(), step
+
+  def per_step(self, step: int) -> float:
+    """Seconds for each step since the last call."""
+    elapsed, steps = time.monotonic() - self._time, step - self._step
+    self.reset(step)
+    return elapsed / max(steps, 1)
+
+
+class Interruption:
+  """Turns SIGTERM and Ctrl-C into a wish that the loop grants after its step."""
+
+  signals = (signal.SIGTERM, signal.SIGINT)
+
+  def __enter__(self):
+    self.received = 0
+    self._previous = {s: signal.signal(s, self._note) for s in self.signals}
+    return self
+
+  def __exit__(self, *exc):
+    for s, handler in self._previous.items():
+      signal.signal(s, handler)
+
+  def _note(self, number, frame):
+    del frame
+    if self.received:  # asked twice: now
+      raise KeyboardInterrupt
+    self.received = number

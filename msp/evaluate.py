@@ -1,0 +1,99 @@
+"""Metrics of a state on a whole split: sums and counts, divided once."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msp.models import multitask
+from msp.tasks import Task
+from msp.train_step import label_mask
+
+PyTree = Any
+
+
+def make_eval_step(
+  model: multitask.MultiTask, tasks: Mapping[str, Task]
+) -> Callable[[PyTree, PyTree, Mapping[str, jax.Array]], dict]:
+  """Builds (params, batch_stats, batch) -> sums of every task, jit-able.
+
+  Returns:
+    A function to {task: {'loss': L · n, 'count': n, 'update': what
+    `Task.compute` collects}}, n the number of labelled examples; running
+    statistics, no dropout.
+  """
+
+  def eval_step(params, batch_stats, batch):
+    outputs, _ = multitask.apply(
+      model, params, batch_stats, batch['image'], train=False
+    )
+    sums = {}
+    for name, task in tasks.items():
+      mask = label_mask(batch, name)
+      count = jnp.sum(mask, dtype=jnp.float32)
+      sums[name] = {
+        'loss': task.loss(outputs[name], batch[name], mask) * count,
+        'count': count,
+        'update': task.update(outputs[name], batch[name], mask),
+      }
+    return sums
+
+  return eval_step
+
+
+def make_predict(
+  model: multitask.MultiTask, tasks: Mapping[str, Task]
+) -> Callable[[PyTree, PyTree, Mapping[str, jax.Array]], dict]:
+  """Builds (params, batch_stats, batch) -> each task's prediction, jit-able."""
+
+  def predict(params, batch_stats, batch):
+    outputs, _ = multitask.apply(
+      model, params, batch_stats, batch['image'], train=False
+    )
+    return {
+      name: task.predict(outputs[name], batch[name].shape)
+      for name, task in tasks.items()
+    }
+
+  return predict
+
+
+def evaluate(
+  eval_step: Callable[..., dict],
+  tasks: Mapping[str, Task],
+  params: PyTree,
+  batch_stats: PyTree,
+  batches: Iterable[Mapping[str, jax.Array]],
+) -> dict[str, float]:
+  """Runs over a split.
+
+  Args:
+    eval_step: from `make_eval_step`, jitted.
+    tasks: the tasks, by name.
+    params: θ.
+    batch_stats: running statistics.
+    batches: of the split, in order, padded rows not `valid`.
+
+  Returns:
+    'loss' (sum over tasks), 'loss/<task>', '<task>/<metric>', and 'score', the
+    mean over tasks of the primary metric (negated where lower is better).
+    Undefined metrics are left out.
+  """
+  parts = [jax.device_get(eval_step(params, batch_stats, b)) for b in batches]
+  result: dict[str, float] = {}
+  primaries = []
+  for name, task in tasks.items():
+    count = sum(float(p[name]['count']) for p in parts)
+    if count:
+      result[f'loss/{name}'] = sum(float(p[name]['loss']) for p in parts) / count
+    metrics = task.compute([p[name]['update'] for p in parts])
+    result |= {f'{name}/{metric}': value for metric, value in metrics.items()}
+    if task.primary in metrics:
+      sign = 1 if task.higher_is_better else -1
+      primaries.append(sign * metrics[task.primary])
+  result['loss'] = sum(result.get(f'loss/{name}', 0.0) for name in tasks)
+  if primaries:
+    result['score'] = float(np.mean(primaries))
+  return result

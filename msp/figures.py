@@ -1,0 +1,421 @@
+"""The figures of a report, each a pure function of what a run logged."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+# Okabe and Ito's palette: told apart with every common colour vision.
+BLUE, ORANGE, GREEN, PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
+COLORS = (BLUE, '#E69F00', GREEN, PURPLE, '#56B4E9', ORANGE, '#F0E442', '#444444')
+LINES = (BLUE, ORANGE, GREEN, PURPLE, '#56B4E9', '#E69F00')
+INK, FAINT, PALE = '#2b2f36', '#8a919c', '#e4e8ee'
+
+STYLE = {
+  'font.size': 9,
+  'axes.titlesize': 10,
+  'axes.titleweight': 'bold',
+  'axes.titlelocation': 'left',
+  'axes.edgecolor': FAINT,
+  'axes.labelcolor': INK,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.grid': True,
+  'axes.axisbelow': True,
+  'grid.color': PALE,
+  'grid.linewidth': 0.8,
+  'text.color': INK,
+  'xtick.color': INK,
+  'ytick.color': INK,
+  'legend.frameon': False,
+  'legend.fontsize': 8,
+  'lines.linewidth': 1.6,
+  'lines.markersize': 4,
+  'figure.facecolor': 'white',
+  'savefig.facecolor': 'white',
+  'savefig.dpi': 140,
+}
+
+WIDTH = 9.0  # inches
+
+ACRONYMS = {'miou': 'mIoU', 'iou': 'IoU', 'f1': 'F1', 'mae': 'MAE', 'auroc': 'AUROC'}
+
+
+class Layer(NamedTuple):
+  """A kernel and its groups: `alive` has an entry in {0, 1} for each of them."""
+
+  name: str
+  alive: np.ndarray
+
+
+class TaskPanel(NamedTuple):
+  """One task of the prediction figure; arrays have a row for each picture."""
+
+  name: str
+  label: np.ndarray
+  prediction: np.ndarray
+  classes: Sequence[str]
+
+  @property
+  def kind(self) -> str:
+    """As `msp.tasks.Task.kind`, read off the arrays."""
+    if self.label.ndim == 1:
+      return 'attribute'
+    whole = np.issubdtype(self.prediction.dtype, np.integer)
+    return 'segmentation' if whole else 'edges'
+
+
+def words(name: str) -> str:
+  """'micro_iou_imagewise' -> 'micro IoU imagewise'."""
+  return ' '.join(ACRONYMS.get(word, word) for word in name.split('_'))
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, ...]:
+  """Steps and values of the rows that have `name`; null becomes NaN, a gap."""
+  pairs = [(row['step'], row[name]) for row in rows if name in row]
+  steps, values = zip(*pairs, strict=True) if pairs else ((), ())
+  return np.array(steps, float), np.array(values, float)  # None is NaN here
+
+
+def predictions(image: np.ndarray, tasks: Sequence[TaskPanel]) -> Figure:
+  """A column for each picture: the input, attribute badges, maps of each task.
+
+  Args:
+    image: shape (N, H, W, 3), uint8.
+    tasks: what was asked and answered.
+  """
+  attributes = [task for task in tasks if task.kind == 'attribute']
+  dense = [task for task in tasks if task.kind != 'attribute']
+  num, height, width = image.shape[:3]
+  margin = 1.0  # inches, for the names of rows
+  cell = (WIDTH - margin) / num
+  tall = cell * height / width
+  badge = 0.2
+  legends = [
+    0.18 * (1 + (len(task.classes) - 1) // 6) + 0.12
+    if task.kind == 'segmentation'
+    else 0.06
+    for task in dense
+  ]
+  heights = [tall]
+  if attributes:
+    heights.append(badge * len(attributes) + 0.05)
+  for legend in legends:
+    heights += [tall, tall, legend]
+  # A fixed grid, not constrained layout: pictures must touch their neighbours.
+  figure = Figure(figsize=(WIDTH, sum(heights)))
+  grid = figure.add_gridspec(
+    len(heights),
+    num + 1,
+    width_ratios=[margin] + [cell] * num,
+    height_ratios=heights,
+    left=0,
+    right=1,
+    bottom=0,
+    top=1,
+    wspace=0.03,
+    hspace=0.03,
+  )
+
+  def row(index, label):
+    axes = figure.add_subplot(grid[index, 0])
+    axes.axis('off')
+    axes.text(0.92, 0.5, label, ha='right', va='center', linespacing=1.3, fontsize=8)
+    return [figure.add_subplot(grid[index, 1 + n]) for n in range(num)]
+
+  def pictures(index, label, arrays):
+    for axes, array in zip(row(index, label), arrays, strict=True):
+      axes.imshow(array, interpolation='nearest', aspect='auto')
+      axes.axis('off')
+
+  pictures(0, 'input', image)
+  if attributes:
+    longest = max(len(task.name) for task in attributes) + len('  0.00 ✓')
+    size = min(7.0, 72 * 0.9 * cell / (0.62 * longest))  # a letter is 0.62 wide
+    for n, axes in enumerate(row(1, 'attributes')):
+      axes.axis('off')
+      axes.set(xlim=(0, 1), ylim=(len(attributes), 0))
+      for i, task in enumerate(attributes):
+        _badge(axes, i + 0.5, task, n, size)
+  at = 2 if attributes else 1
+  for task in dense:
+    paint = _overlay if task.kind == 'segmentation' else _edge_map
+    for part, maps in (('label', task.label), ('prediction', task.prediction)):
+      shown = [paint(m, p, task.classes) for m, p in zip(maps, image, strict=True)]
+      pictures(at, words(task.name).replace(' ', '\n') + f'\n{part}', shown)
+      at += 1
+    axes = figure.add_subplot(grid[at, :])
+    axes.axis('off')
+    if task.kind == 'segmentation':
+      axes.legend(
+        handles=[
+          Patch(color=color, label=name)
+          for color, name in zip(class_colors(task.classes), task.classes, strict=True)
+        ],
+        loc='center',
+        ncols=6,
+        handlelength=1,
+        handleheight=1,
+        borderpad=0,
+        columnspacing=1.4,
+      )
+    at += 1
+  return figure
+
+
+def coefficient(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> Figure:
+  """λ and λ/λ_max over time, and below them the hypergradient dL/dρ.
+
+  Args:
+    rows: of the train split.
+    layers: names with an entry `lambda/<name>` of their own, in layer order.
+  """
+  steps, values = series(rows, 'lambda')
+  gradient_steps, gradients = series(rows, 'hypergradient')
+  has_gradient = gradients.size > 0
+  figure = Figure(figsize=(WIDTH, 5.0 if has_gradient else 2.8), layout='constrained')
+  axes = figure.subplots(
+    1 + has_gradient,
+    1,
+    sharex=True,
+    squeeze=False,
+    height_ratios=[3, 2][: 1 + has_gradient],
+  )[:, 0]
+  top = axes[0]
+  shades = colormaps['viridis'](np.linspace(0, 0.9, len(layers)))
+  for name, shade in zip(layers, shades, strict=True):
+    _line(top, *series(rows, f'lambda/{name}'), color=shade, linewidth=0.9)
+  _line(top, steps, values, color=BLUE, linewidth=2.2)
+  if layers:
+    top.legend(
+      handles=[
+        Line2D([], [], color=BLUE, linewidth=2.2, label='mean'),
+        Line2D([], [], color=shades[0], label=f'first: {layers[0]}'),
+        Line2D([], [], color=shades[-1], label=f'last: {layers[-1]}'),
+      ]
+    )
+  top.set_yscale('log')
+  top.grid(axis='y', which='minor', alpha=0.5)
+  top.set(title='sparsity coefficient', ylabel='λ')
+  _, relative = series(rows, 'lambda_relative')
+  both = relative.size == values.size and values.size and relative[-1] > 0
+  if both and values[-1] > 0:
+    largest = values[-1] / relative[-1]
+    right = top.secondary_yaxis(
+      'right', functions=(lambda y: y / largest, lambda y: y * largest)
+    )
+    right.set_ylabel('λ / λ$_{max}$')
+    right.spines['right'].set_visible(True)
+  if has_gradient:
+    below = axes[1]
+    below.axhline(0, color=FAINT, linewidth=0.8)
+    _raw_and_mean(below, gradient_steps, gradients, ORANGE, 'hypergradient')
+    size = np.abs(gradients[np.isfinite(gradients) & (gradients != 0)])
+    if size.size:
+      below.set_yscale('symlog', linthresh=float(np.median(size)), linscale=1)
+    below.set(title='hypergradient', ylabel='dL / dρ')
+  _step_axis(axes[-1])
+  return figure
+
+
+def sparsity(
+  train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]
+) -> Figure:
+  """Share of dead groups and of zero weights over time."""
+  figure = Figure(figsize=(WIDTH, 2.9), layout='constrained')
+  axes = figure.subplots()
+  for name, label, color in (
+    ('group_sparsity', 'groups', BLUE),
+    ('weight_sparsity', 'weights', ORANGE),
+  ):
+    rows = train if any(name in row for row in train) else validation
+    steps, values = series(rows, name)
+    if steps.size:
+      _line(axes, steps, values, color=color, label=label)
+  axes.set(title='exactly zero', ylim=(-0.02, 1.02))
+  axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+  _legend(axes)
+  _step_axis(axes)
+  return figure
+
+
+def losses(
+  train: Sequence[Mapping[str, Any]],
+  validation: Sequence[Mapping[str, Any]],
+  tasks: Sequence[str],
+) -> Figure:
+  """The total and each task's loss over time."""
+  names = ['loss'] + [f'loss/{task}' for task in tasks]
+  names = [n for n in names if any(n in row for row in (*train, *validation))]
+  figure, panels = _panels(len(names))
+  for axes, name in zip(panels, names, strict=True):
+    _raw_and_mean(axes, *series(train, name), BLUE, 'train')
+    if name == 'loss':
+      _raw_and_mean(axes, *series(train, 'hold_out_loss'), GREEN, 'hold-out')
+    _line(axes, *series(validation, name), color=ORANGE, label='validation')
+    axes.set_title('total' if name == 'loss' else words(name.removeprefix('loss/')))
+    _legend(axes)
+    _step_axis(axes)
+  return figure
+
+
+def validation(
+  rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, Sequence[str]]
+) -> Figure:
+  """Metrics of the validation split over time, a panel for each task."""
+  figure, panels = _panels(len(metrics))
+  for axes, (task, names) in zip(panels, metrics.items(), strict=True):
+    for name, color in zip(names, itertools.cycle(LINES), strict=False):
+      _line(axes, *series(rows, f'{task}/{name}'), color=color, label=words(name))
+    axes.set_title(words(task))
+    _legend(axes, fontsize=7)
+    _step_axis(axes)
+  return figure
+
+
+def groups(layers: Sequence[Layer]) -> Figure:
+  """Groups of each layer, all and alive, and which of them are alive."""
+  row = 0.2
+  figure = Figure(figsize=(WIDTH, row * len(layers) + 0.9), layout='constrained')
+  left, right = figure.subplots(1, 2, sharey=True, width_ratios=[5, 4])
+  position = np.arange(len(layers))
+  total = np.array([layer.alive.size for layer in layers])
+  alive = np.array([layer.alive.sum() for layer in layers])
+  left.barh(position, total, height=0.72, color=PALE, label='all')
+  left.barh(position, alive, height=0.72, color=BLUE, label='alive')
+  for y, t, a in zip(position, total, alive, strict=True):
+    left.annotate(
+      f'{a} / {t}',
+      (t, y),
+      xytext=(4, 0),
+      textcoords='offset points',
+      va='center',
+      fontsize=7,
+      color=INK if a else ORANGE,
+    )
+  left.set_yticks(position, [layer.name for layer in layers], fontsize=7.5)
+  left.set(ylim=(len(layers) - 0.4, -0.6), xlim=(0, 1.22 * total.max()))
+  left.grid(axis='y', visible=False)
+  left.tick_params(axis='y', length=0)
+  left.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+  left.set(title='groups, alive of all', xlabel='groups')
+  width = 480
+  strip = np.stack([_stretch(layer.alive, width) for layer in layers])
+  dead, living = np.array(to_rgb(PALE)), np.array(to_rgb(BLUE))
+  colored = dead + strip[..., None] * (living - dead)
+  for y in position:
+    right.imshow(
+      colored[y : y + 1],
+      extent=(0, 1, y + 0.36, y - 0.36),
+      aspect='auto',
+      interpolation='nearest',
+    )
+  right.set(title='which ones', xlabel='index of the group / number of groups')
+  right.set(xlim=(0, 1), ylim=(len(layers) - 0.4, -0.6), xticks=[0, 0.5, 1])
+  right.grid(visible=False)
+  right.tick_params(axis='y', length=0)
+  right.spines[:].set_visible(False)
+  return figure
+
+
+def class_colors(classes: Sequence[str]) -> list[tuple[float, float, float]]:
+  """A colour for each class; 'background' is a neutral grey."""
+  base = [np.array(to_rgb(color)) for color in COLORS[:7]]
+  # After seven hues, lighter and darker ones of them.
+  tints = [lambda c: c, lambda c: 0.45 * c + 0.55, lambda c: 0.5 * c]
+  colors = [tint(color) for tint in tints for color in base]
+  numbers = iter(range(len(classes)))
+  return [
+    to_rgb('#9aa1ab')
+    if name == 'background'
+    else tuple(colors[next(numbers) % len(colors)])
+    for name in classes
+  ]
+
+
+def _overlay(class_map, image, classes):
+  colors = np.array([*class_colors(classes), (1.0, 1.0, 1.0)])
+  ignored = (class_map < 0) | (class_map >= len(classes))
+  shade = image.mean(axis=-1, keepdims=True) / 255
+  painted = colors[np.where(ignored, len(classes), class_map)]
+  return 0.35 * shade + 0.65 * painted
+
+
+def _edge_map(probability, image, _):
+  """White on black; ignored pixels (−1) are grey."""
+  level = np.clip(probability, 0, 1).astype(float)[..., None] * np.ones(3)
+  return np.where(probability[..., None] < 0, 0.5, level)
+
+
+def _badge(axes, y, task, n, size):
+  """'name .97 ✓' in a box: blue if right, orange if wrong, grey if unlabelled."""
+  probability, label = float(task.prediction[n]), int(task.label[n])
+  if label not in (0, 1):
+    color, mark = FAINT, '?'
+  elif (probability >= 0.5) == bool(label):
+    color, mark = BLUE, '✓'
+  else:
+    color, mark = ORANGE, '✗'
+  axes.add_patch(Rectangle((0, y - 0.43), 1, 0.86, color=color, linewidth=0))
+  axes.text(0.05, y, words(task.name), color='white', fontsize=size, va='center')
+  text = f'{probability:.2f} {mark}'
+  axes.text(0.95, y, text, color='white', fontsize=size, va='center', ha='right')
+
+
+def _panels(count):
+  """A grid of at most three panels a row."""
+  columns = min(count, 3)
+  rows = -(-count // columns)
+  figure = Figure(figsize=(WIDTH, 2.5 * rows + 0.2), layout='constrained')
+  grid = figure.subplots(rows, columns, squeeze=False).flatten()
+  for axes in grid[count:]:
+    axes.axis('off')
+  return figure, grid[:count]
+
+
+def _line(axes, steps, values, **style):
+  """A line, with markers where points are few enough to tell apart."""
+  if steps.size:
+    axes.plot(steps, values, marker='o' if steps.size <= 30 else None, **style)
+
+
+def _raw_and_mean(axes, steps, values, color, label):
+  """Single steps faintly, and their running mean over a twentieth of the run."""
+  window = steps.size // 20
+  if window < 2:
+    _line(axes, steps, values, color=color, label=label)
+    return
+  axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
+  finite = np.isfinite(values)
+  kernel = np.ones(window)
+  count = np.convolve(finite, kernel, 'same')
+  total = np.convolve(np.where(finite, values, 0), kernel, 'same')
+  mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+  axes.plot(steps, mean, color=color, label=label)
+
+
+def _legend(axes, **style):
+  if axes.lines:
+    axes.legend(**style)
+
+
+def _step_axis(axes):
+  last = max((np.max(line.get_xdata()) for line in axes.lines), default=1)
+  axes.set(xlabel='step', xlim=(0, 1.03 * last))
+  axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+  axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+
+
+def _stretch(alive, width):
+  """Share of alive groups in each of `width` columns; few groups keep their edges."""
+  edges = np.linspace(0, alive.size, width + 1)
+  counted = np.concatenate([[0.0], np.cumsum(alive)])
+  at_edges = np.interp(edges, np.arange(alive.size + 1), counted)
+  return np.diff(at_edges) / np.diff(edges)

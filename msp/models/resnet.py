@@ -1,0 +1,144 @@
+"""Dilated ResNet-D backbones, output stride 8."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from msp.models.convolution import Conv, max_pool
+from msp.models.normalization import norm_layer
+
+# depth: kind of block, blocks per stage
+DEPTHS = {
+  18: ('basic', (2, 2, 2, 2)),
+  50: ('bottleneck', (3, 4, 6, 3)),
+  101: ('bottleneck', (3, 4, 23, 3)),
+}
+EXPANSION = {'basic': 1, 'bottleneck': 4}
+OUTPUT_STRIDE = 8
+
+_STAGE_WIDTHS = (64, 128, 256, 512)
+_STAGE_STRIDES = (1, 2, 1, 1)
+_STAGE_DILATIONS = (1, 1, 2, 4)
+
+
+def scaled(channels: int, width: float) -> int:
+  """Channels times the width multiplier: a multiple of 4, at least 4."""
+  return max(4, 4 * round(channels * width / 4))
+
+
+class Block(nn.Module):
+  """Residual block, basic or bottleneck.
+
+  The stride sits on the first 3×3 convolution, every 3×3 convolution has the
+  dilation of its stage, and the shortcut is a strided 1×1 convolution with a
+  norm where `shortcut`, else the identity.
+
+  Attributes:
+    kind: 'basic' (two 3×3) or 'bottleneck' (1×1, 3×3, 1×1 four times as wide).
+    features: channels of the 3×3 convolution.
+    stride: of the block.
+    dilation: of its 3×3 convolutions.
+    shortcut: whether the shortcut is a convolution.
+    norm: 'batch' or 'group'.
+    dtype: of the computation.
+    implementation: of the convolutions, 'lax' or 'matmul'.
+  """
+
+  kind: str
+  features: int
+  stride: int
+  dilation: int
+  shortcut: bool
+  norm: str
+  dtype: DTypeLike
+  implementation: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Maps (B, H, W, I) to (B, ⌈H/stride⌉, ⌈W/stride⌉, O)."""
+    conv = functools.partial(Conv, dtype=self.dtype, implementation=self.implementation)
+    norm = norm_layer(self.norm, self.dtype)
+    features = self.features * EXPANSION[self.kind]
+    spatial = functools.partial(conv, self.features, dilation=self.dilation)
+    if self.kind == 'basic':
+      y = spatial(stride=self.stride, name='conv1')(x)
+      y = nn.relu(norm(name='norm1')(y, train))
+      y = spatial(name='conv2')(y)
+      y = norm(name='norm2')(y, train)
+    else:
+      y = conv(self.features, size=1, name='conv1')(x)
+      y = nn.relu(norm(name='norm1')(y, train))
+      y = spatial(stride=self.stride, name='conv2')(y)
+      y = nn.relu(norm(name='norm2')(y, train))
+      y = conv(features, size=1, name='conv3')(y)
+      y = norm(name='norm3')(y, train)
+    if self.shortcut:
+      x = conv(features, size=1, stride=self.stride, name='shortcut_conv')(x)
+      x = norm(name='shortcut_norm')(x, train)
+    return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+  """ResNet-D with dilated late stages and output stride 8.
+
+  Stem of three 3×3 convolutions (stride 2, then 1, 1; 64, 64, 128 channels)
+  and a 3×3 max-pool of stride 2; four stages of 64, 128, 256 and 512 channels
+  with strides 1, 2, 1, 1 and dilations 1, 1, 2, 4. As in "Less is More", arXiv
+  2308.12114 (the stem of He et al., arXiv 1812.01187, without the average pool
+  in its shortcuts).
+
+  Parameters are named stem_conv1, stem_norm1, …, layer1_0/conv1,
+  layer1_0/norm1, …, layer1_0/shortcut_conv, layer1_0/shortcut_norm, ….
+
+  Attributes:
+    kind: of the blocks, 'basic' or 'bottleneck'.
+    blocks: number of blocks in each of the four stages.
+    width: multiplier of all widths, rounded to multiples of 4.
+    norm: 'batch' or 'group'.
+    dtype: of the computation; parameters and norm statistics are float32.
+    implementation: of the convolutions, 'lax' or 'matmul'.
+  """
+
+  kind: str = 'bottleneck'
+  blocks: tuple[int, int, int, int] = DEPTHS[50][1]
+  width: float = 1.0
+  norm: str = 'batch'
+  dtype: DTypeLike = jnp.float32
+  implementation: str = 'lax'
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Maps images to features.
+
+    Args:
+      x: (B, H, W, 3) images.
+      train: normalise by the batch, not by the running statistics.
+
+    Returns:
+      (B, ⌈H/8⌉, ⌈W/8⌉, C) features of `dtype`, C = 512 · width, times 4 with
+      bottleneck blocks.
+    """
+    conv = functools.partial(Conv, dtype=self.dtype, implementation=self.implementation)
+    norm = norm_layer(self.norm, self.dtype)
+    for i, (channels, stride) in enumerate(((64, 2), (64, 1), (128, 1)), 1):
+      features = scaled(channels, self.width)
+      x = conv(features, stride=stride, name=f'stem_conv{i}')(x)
+      x = nn.relu(norm(name=f'stem_norm{i}')(x, train))
+    x = max_pool(x, window=3, padding=1)
+    for stage in range(4):
+      for i in range(self.blocks[stage]):
+        x = Block(
+          kind=self.kind,
+          features=scaled(_STAGE_WIDTHS[stage], self.width),
+          stride=_STAGE_STRIDES[stage] if i == 0 else 1,
+          dilation=_STAGE_DILATIONS[stage],
+          shortcut=i == 0,
+          norm=self.norm,
+          dtype=self.dtype,
+          implementation=self.implementation,
+          name=f'layer{stage + 1}_{i}',
+        )(x, train)
+    return x

@@ -1,0 +1,160 @@
+"""What a task is: its outputs, loss, metrics and picture, made from its kind."""
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from msp import losses, metrics, resize
+from msp.errors import UserError
+
+Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+EDGE_LOSSES = {'huber': losses.huber_edges, 'balanced': losses.balanced_edges}
+
+
+class Task(NamedTuple):
+  """One task; arrays are a batch (B) of logits as the head gives them."""
+
+  name: str
+  kind: str
+  classes: tuple[str, ...]
+  outputs: int
+  """Channels of the head."""
+  head: str
+  """'dense' (B, h, w, outputs) or 'classification' (B, outputs)."""
+  loss: Loss
+  """(logits, label, valid (B,)) -> (): mean over what is valid, 0 if nothing."""
+  update: Callable[[jax.Array, jax.Array, jax.Array], metrics.Update]
+  """(logits, label, valid (B,)) -> sums and counts of one batch; jit-able."""
+  compute: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]]
+  """Updates of a whole split -> metrics, on the host; undefined ones left out."""
+  primary: str
+  """The metric for early stopping and Δm."""
+  higher_is_better: bool
+  predict: Callable[[jax.Array, tuple[int, ...]], jax.Array]
+  """(logits, label.shape) -> class map (int32) or probability (float), label.shape."""
+
+
+def make(
+  names: Sequence[str],
+  labels: Mapping[str, Any],
+  *,
+  loss_resolution: str = 'output',
+  smoothing: float = 0.1,
+  edge_loss: str = 'huber',
+) -> dict[str, Task]:
+  """The tasks of a run.
+
+  Args:
+    names: which ones.
+    labels: those of the data set: anything with `.kind` and `.classes`, by name.
+    loss_resolution: where losses are taken. 'output': labels come down to the
+      logits (the published way); segmentation by `resize.nearest`, edges by
+      `resize.cell_max`. 'label': logits go up to the labels, bilinearly.
+    smoothing: of the segmentation labels.
+    edge_loss: 'huber' (published) | 'balanced'.
+
+  Returns:
+    Tasks by name, in the order of `names`.
+
+  Raises:
+    UserError: no task, an unknown or repeated one, or an unknown option.
+  """
+  _check('loss_resolution', loss_resolution, ('output', 'label'))
+  _check('edge_loss', edge_loss, EDGE_LOSSES)
+  if not names:
+    raise UserError(f'no tasks given; this data set has: {", ".join(labels)}')
+  tasks = {}
+  for name in names:
+    _check('task', name, labels)
+    if name in tasks:
+      raise UserError(f'task {name!r} is listed twice')
+    _check(f'kind of task {name!r}', labels[name].kind, _KINDS)
+    tasks[name] = _KINDS[labels[name].kind](
+      name,
+      tuple(labels[name].classes),
+      at_label=loss_resolution == 'label',
+      smoothing=smoothing,
+      edge_loss=edge_loss,
+    )
+  return tasks
+
+
+def _segmentation(name, classes, *, at_label, smoothing, **_):
+  def predict(logits, shape):
+    logits = resize.bilinear(logits, shape[1:])
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+  cross_entropy = functools.partial(losses.cross_entropy, smoothing=smoothing)
+  return Task(
+    name,
+    'segmentation',
+    classes,
+    outputs=len(classes),
+    head='dense',
+    loss=_at_one_resolution(cross_entropy, resize.nearest, at_label),
+    update=metrics.segmentation_update,
+    compute=functools.partial(metrics.segmentation_compute, classes=classes),
+    primary='miou',
+    higher_is_better=True,
+    predict=predict,
+  )
+
+
+def _edges(name, classes, *, at_label, edge_loss, **_):
+  return Task(
+    name,
+    'edges',
+    classes,
+    outputs=1,
+    head='dense',
+    loss=_at_one_resolution(EDGE_LOSSES[edge_loss], resize.cell_max, at_label),
+    update=metrics.edges_update,
+    compute=metrics.edges_compute,
+    primary='f1',
+    higher_is_better=True,
+    predict=lambda logits, shape: jax.nn.sigmoid(
+      resize.bilinear(logits, shape[1:])[..., 0]
+    ),
+  )
+
+
+def _attribute(name, classes, **_):
+  return Task(
+    name,
+    'attribute',
+    classes,
+    outputs=1,
+    head='classification',
+    loss=losses.binary_cross_entropy,
+    update=metrics.attribute_update,
+    compute=metrics.attribute_compute,
+    primary='balanced_accuracy',
+    higher_is_better=True,
+    predict=lambda logits, _: jax.nn.sigmoid(logits[:, 0]),
+  )
+
+
+_KINDS = {'segmentation': _segmentation, 'edges': _edges, 'attribute': _attribute}
+
+
+def _at_one_resolution(loss: Loss, shrink: Callable, at_label: bool) -> Loss:
+  def resized(logits, label, valid):
+    if at_label:
+      logits = resize.bilinear(logits, label.shape[1:])
+    else:
+      label = shrink(label, logits.shape[1:3])
+    return loss(logits, label, valid)
+
+  return resized
+
+
+def _check(what, given, known):
+  if given not in known:
+    close = difflib.get_close_matches(given, list(known), n=1)
+    hint = f'did you mean {close[0]!r}? ' if close else ''
+    raise UserError(f'unknown {what} {given!r}; {hint}known: {", ".join(known)}')

@@ -1,0 +1,584 @@
+"""The loop: data, logging, evaluation, checkpoints; no mathematics."""
+
+import functools
+import math
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+import data
+from msp import groups as gr
+from msp import report, transforms
+from msp import tasks as task_module
+from msp import workdir as workdir_module
+from msp.checkpoint import Checkpoints
+from msp.console import Bar, Clock, Interruption
+from msp.errors import UserError
+from msp.evaluate import evaluate, make_eval_step, make_predict
+from msp.models import multitask
+from msp.train_state import TrainState
+from msp.train_step import Combination, Step, make_train_step, task_losses
+from msp.writer import MetricWriter
+
+PyTree = Any
+PANELS = 6  # pictures in the report
+
+
+class Experiment(NamedTuple):
+  """What a configuration means, as functions of arrays."""
+
+  model: multitask.MultiTask
+  tasks: Mapping[str, task_module.Task]
+  groups: gr.Groups
+  init: Any  # (key, batch) -> TrainState
+  train_step: Step
+
+
+def build(config: ConfigDict, labels: Mapping[str, data.Label]) -> Experiment:
+  """Turns a configuration into an `Experiment`.
+
+  Args:
+    config: see `configs/common.py`.
+    labels: of the data set, by task.
+
+  Returns:
+    The experiment; nothing has been computed yet.
+
+  Raises:
+    UserError: a field that is unknown, impossible, or at odds with another one.
+  """
+  _check(config)
+  tasks = task_module.make(
+    config.tasks,
+    labels,
+    loss_resolution=config.loss.resolution,
+    edge_loss=config.loss.edges,
+  )
+  model = multitask.build(
+    {name: (task.head, task.outputs) for name, task in tasks.items()},
+    **config.model,
+  )
+  shape = (*config.data.image_size, 3)
+  init_model = lambda key: multitask.init(model, key, shape)
+  abstract, _ = jax.eval_shape(init_model, jax.random.key(0))
+  sparsity = config.sparsity
+  groups = gr.find(abstract, sparsity.pattern, sparsity.axis, sparsity.granularity)
+  has_coefficient = sparsity.coefficient != 'none'
+  learned = sparsity.coefficient == 'learned'
+  outer = _optimizer(config.optimizer, 'optimizer', sparsity, groups, sparsity.metric)
+  inner = _optimizer(
+    config.meta.optimizer, 'meta.optimizer', sparsity, groups, 'euclidean'
+  )
+  rho_optimizer = transforms.build(sparsity.optimizer, 'sparsity.optimizer')
+  combination = Combination(config.loss.combination, dict(config.loss.weights) or None)
+
+  def init(key, batch):
+    key_params, key_gradient = jax.random.split(key)
+    params, batch_stats = init_model(key_params)
+    if combination.how == 'uncertainty':
+      params['log_vars'] = {name: jnp.zeros(()) for name in tasks}
+    state = TrainState(
+      jnp.zeros((), jnp.int32), params, batch_stats, outer.init(params)
+    )
+    if not has_coefficient:
+      return state
+    gradients = jax.grad(
+      lambda p: task_losses(
+        model, tasks, combination, p, batch_stats, batch, key_gradient
+      )[0]
+    )(params)
+    lambda_max = gr.lambda_max(groups, gradients)
+    if len(groups.names) == 1:
+      lambda_max = lambda_max[0]
+    relative = sparsity.start if learned else sparsity.value / lambda_max
+    rho = jnp.log(jnp.broadcast_to(relative, lambda_max.shape))
+    return state._replace(
+      rho=rho,
+      lambda_max=lambda_max,
+      rho_opt_state=rho_optimizer.init(rho) if learned else None,
+    )
+
+  unroll = config.meta.unroll
+  train_step = make_train_step(
+    model,
+    tasks,
+    groups,
+    outer,
+    combination=combination,
+    inner=inner,
+    inner_steps=config.meta.inner_steps,
+    episode_draw=config.meta.episodes,
+    exact=config.meta.exact,
+    rho_optimizer=rho_optimizer if learned else None,
+    hypergradient=sparsity.hypergradient,
+    unroll=jax.default_backend() == 'cpu' if unroll == 'auto' else unroll == 'yes',
+  )
+  return Experiment(model, tasks, groups, init, train_step)
+
+
+def _check(config):
+  """The checks that need more than one field, or that no other module makes."""
+  choices = {
+    'sparsity.coefficient': ('none', 'fixed', 'learned'),
+    'sparsity.metric': ('adam', 'euclidean'),
+    'sparsity.hypergradient': ('forward', 'reverse'),
+    'meta.unroll': ('auto', 'yes', 'no'),
+  }
+  for field, known in choices.items():
+    section, name = field.split('.')
+    value = config[section][name]
+    if value not in known:
+      raise UserError(f'{field} is {value!r}; known: {", ".join(known)}')
+  for field in ('train.steps', 'train.log_every', 'train.evaluate_every'):
+    section, name = field.split('.')
+    if config[section][name] < 1:
+      raise UserError(f'{field} is {config[section][name]}; it has to be at least 1')
+  sparsity, inner_steps = config.sparsity, config.meta.inner_steps
+  if inner_steps < 0:
+    raise UserError(f'meta.inner_steps is {inner_steps}; it has to be at least 0')
+  if sparsity.coefficient == 'fixed' and sparsity.value <= 0:
+    raise UserError(
+      f'sparsity.value is {sparsity.value}; a fixed λ has to be above 0 '
+      f'(for a dense run set sparsity.coefficient=none)'
+    )
+  if sparsity.coefficient != 'learned':
+    return
+  if inner_steps == 0:
+    raise UserError(
+      'sparsity.coefficient=learned needs meta.inner_steps of at least 1: without '
+      'inner steps the hold-out loss does not depend on λ. Set '
+      'meta.inner_steps, or sparsity.coefficient=fixed with sparsity.value'
+    )
+  if not 0 < sparsity.start <= 1:
+    raise UserError(
+      f'sparsity.start is {sparsity.start}; λ/λ_max has to start in (0, 1]'
+    )
+  if not 0 < config.data.hold_out < 1:
+    raise UserError(
+      f'data.hold_out is {config.data.hold_out}; a learned λ needs a part of train '
+      f'of its own, a share in (0, 1)'
+    )
+
+
+def _optimizer(entries, where, sparsity, groups, metric):
+  """The chain that `entries` name, with the prox last if there is a λ."""
+  chain = transforms.build(entries, where)
+  if sparsity.coefficient == 'none':
+    return optax.with_extra_args_support(chain)
+  steps = [entry for entry in entries if 'learning_rate' in entry]
+  if not steps:
+    raise UserError(
+      f'{where}: no entry has a learning_rate, which the prox needs as its step size'
+    )
+  step = steps[-1]
+  if metric == 'euclidean':
+    proximal = transforms.proximal(
+      sparsity.penalty, groups, step.learning_rate, min_alive=sparsity.min_alive
+    )
+    return optax.chain(chain, proximal)
+  return transforms.adaptive_proximal(
+    chain,
+    sparsity.penalty,
+    groups,
+    step.learning_rate,
+    min_alive=sparsity.min_alive,
+    **{name: step[name] for name in ('b2', 'eps', 'eps_root') if name in step},
+  )
+
+
+class Feed(NamedTuple):
+  """The batches of a run: the streams, and how arrays reach the devices."""
+
+  train: Any  # iterator with get_state / set_state
+  hold_out: Any | None
+  inner_steps: int
+  sharding: NamedSharding
+
+  def next(self) -> dict[str, dict[str, jax.Array]]:
+    """The parts of one step: 'query', and 'support' and 'hold_out' if used."""
+    batch = next(self.train)
+    parts = {'query': batch}
+    if self.inner_steps:
+      half = len(batch['image']) // 2
+      parts = {
+        'support': {name: x[:half] for name, x in batch.items()},
+        'query': {name: x[half:] for name, x in batch.items()},
+      }
+    if self.hold_out is not None:
+      parts['hold_out'] = next(self.hold_out)
+    return put(parts, self.sharding)
+
+  def get_state(self) -> dict:
+    """Position of the streams, for a checkpoint."""
+    streams = {'train': self.train, 'hold_out': self.hold_out}
+    return {name: s.get_state() for name, s in streams.items() if s is not None}
+
+  def set_state(self, state: Mapping) -> None:
+    """Puts the streams where `get_state` found them."""
+    self.train.set_state(state['train'])
+    if self.hold_out is not None:
+      self.hold_out.set_state(state['hold_out'])
+
+
+def put(batch: PyTree, sharding: NamedSharding) -> PyTree:
+  """Host arrays to devices, the leading axis spread over the mesh's data axis."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+  )
+
+
+def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
+  """Brings the data set into its prepared form, once.
+
+  Args:
+    config: only `config.data` and, for a stand-in, nothing else counts.
+    skip_corrupt: leave unreadable files out instead of stopping.
+
+  Returns:
+    The folder of the prepared data set.
+  """
+  c = config.data
+  if c.procedural_images:
+    data.render_faces(c.source, c.procedural_images, tuple(c.image_size), 0)
+  return data.prepare(
+    c.name, c.source, c.prepared, tuple(c.image_size), skip_corrupt=skip_corrupt
+  )
+
+
+def train(
+  config: ConfigDict,
+  workdir: Path,
+  devices: Sequence[jax.Device] | None = None,
+  *,
+  skip_corrupt: bool = False,
+) -> Path:
+  """Trains, or goes on training, in `workdir`; ends with the report.
+
+  Started again with the same configuration it continues from the latest
+  checkpoint, and its metrics are those of a run that was never interrupted.
+
+  Args:
+    config: see `configs/common.py`.
+    workdir: is created; holds config.json, metrics.jsonl, TensorBoard events,
+      checkpoints/ and report/.
+    devices: those to use, all by default.
+    skip_corrupt: see `prepare`.
+
+  Returns:
+    Path of the report.
+
+  Raises:
+    UserError, data.DataError: see their messages.
+    FloatingPointError: a loss or gradient is not finite; names step and layer.
+  """
+  run = _open(config, devices, skip_corrupt=skip_corrupt)
+  workdir_module.claim(workdir, config)
+  logging.info('work directory: %s', workdir)
+  with Checkpoints(workdir) as checkpoints:
+    feed = run.feed()
+    latest = checkpoints.latest_step()
+    if latest is None:
+      state, progress = run.initial_state(), Progress()
+    else:
+      state, meta = checkpoints.restore(latest, run.initial_state(abstract=True))
+      feed.set_state(meta['data'])
+      progress = Progress(**meta['progress'])
+      logging.info('going on from step %d', latest)
+    with MetricWriter(workdir, latest or 0) as writer:
+      if int(state.step) < config.train.steps and not progress.stopped:
+        state, progress = _loop(run, state, progress, feed, checkpoints, writer)
+      _finish(run, workdir, state, checkpoints, writer)
+  path = report.write(workdir)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  logging.info('peak memory of this process: %.1f GiB', peak)
+  return path
+
+
+class Progress(NamedTuple):
+  """What the loop remembers between evaluations; part of a checkpoint."""
+
+  best_score: float = -math.inf
+  best_step: int = 0
+  stopped: bool = False
+
+
+class Run(NamedTuple):
+  """An experiment with its data and its devices."""
+
+  config: ConfigDict
+  experiment: Experiment
+  splits: data.Splits
+  mesh: Mesh
+
+  @property
+  def sharded(self) -> NamedSharding:
+    """The leading axis spread over the devices: batches."""
+    return NamedSharding(self.mesh, PartitionSpec('data'))
+
+  @property
+  def replicated(self) -> NamedSharding:
+    """A copy on every device: states and metrics."""
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  def feed(self) -> Feed:
+    """The training streams, at their beginning."""
+    c = self.config
+    stream = functools.partial(
+      data.train_iterator,
+      tasks=c.tasks,
+      flip=c.data.flip,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    hold_out = None
+    if c.sparsity.coefficient == 'learned':
+      # As many hold-out images as query images.
+      hold_out = stream(
+        self.splits.hold_out, batch_size=c.train.batch_size // 2, seed=c.seed + 1
+      )
+    return Feed(
+      stream(self.splits.train, batch_size=c.train.batch_size, seed=c.seed),
+      hold_out,
+      c.meta.inner_steps,
+      self.sharded,
+    )
+
+  def initial_state(self, *, abstract: bool = False) -> TrainState:
+    """The state at step 0, replicated; its shapes only if `abstract`."""
+    batch = self.feed().next()['query']
+    init = jax.jit(self.experiment.init, out_shardings=self.replicated)
+    key = jax.random.key(self.config.seed)
+    if not abstract:
+      return init(key, batch)
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated),
+      jax.eval_shape(init, key, batch),
+    )
+
+  def evaluate(self, eval_step, state: TrainState, source: data.Source) -> dict:
+    """Metrics of a state on one split; see `msp.evaluate.evaluate`."""
+    c = self.config
+    batches = data.eval_batches(
+      source,
+      c.tasks,
+      batch_size=c.train.batch_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      limit=c.data.eval_examples or None,
+    )
+    values = evaluate(
+      eval_step,
+      self.experiment.tasks,
+      state.params,
+      state.batch_stats,
+      (put(batch, self.sharded) for batch in batches),
+    )
+    counted = jax.device_get(gr.sparsity(self.experiment.groups, state.params))
+    alive = zip(self.experiment.groups.layers, counted.alive, strict=True)
+    return values | {
+      'group_sparsity': float(counted.groups),
+      'weight_sparsity': float(counted.weights),
+      'alive_groups': {gr.short_name(name): int(n) for name, n in alive},
+    }
+
+  def eval_step(self):
+    """The jitted evaluation step."""
+    return jax.jit(
+      make_eval_step(self.experiment.model, self.experiment.tasks),
+      out_shardings=self.replicated,
+    )
+
+
+def _open(config, devices, *, skip_corrupt=False) -> Run:
+  """Checks everything that can be checked before anything is written."""
+  devices = jax.devices() if devices is None else devices
+  # jax.make_mesh would make explicit axes, which ordinary code does not run on.
+  mesh = jax.make_mesh(
+    (len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices
+  )
+  experiment = build(config, data.labels(config.data.name))
+  _check_batch(config, len(devices))
+  prepare(config, skip_corrupt=skip_corrupt)
+  splits = data.open(
+    config.data.name,
+    config.data.prepared,
+    tuple(config.data.image_size),
+    config.data.hold_out,
+  )
+  return Run(config, experiment, splits, mesh)
+
+
+def _check_batch(config, devices):
+  size, parts = config.train.batch_size, ['query']
+  if config.meta.inner_steps:
+    parts.insert(0, 'support')
+  if config.sparsity.coefficient == 'learned':
+    parts.append('hold-out')
+  share = size // 2 if config.meta.inner_steps else size
+  if share < 1 or size % (2 if config.meta.inner_steps else 1) or share % devices:
+    least = devices * (2 if config.meta.inner_steps else 1)
+    raise UserError(
+      f'train.batch_size={size} is too small or does not divide for '
+      f'{" + ".join(parts)} on {devices} device(s): use a multiple of {least}'
+    )
+
+
+def _loop(run, state, progress, feed, checkpoints, writer):
+  config, groups = run.config, run.experiment.groups
+  c = config.train
+  step_fn = jax.jit(
+    run.experiment.train_step, donate_argnums=0, out_shardings=run.replicated
+  )
+  eval_step = run.eval_step()
+  key = jax.random.key(config.seed + 1)
+  start = int(state.step)
+  clock = Clock(start)
+  monitor = Monitor(config.sparsity.min_alive, groups, state.params)
+  logging.info('compiling the training step (the first one takes a while)')
+
+  def record(step, metrics):
+    monitor.check(step, metrics)
+    bar.advance(step, metrics)
+    if step % c.log_every == 0:
+      row = {'split': 'train', 'step': step, **flatten(metrics, groups.names)}
+      writer.write({**row, 'step_time': clock.per_step(step)})
+
+  pending = None
+  with Bar(start, c.steps) as bar, Interruption() as interruption:
+    for step in range(start + 1, c.steps + 1):
+      state, metrics = step_fn(state, feed.next(), jax.random.fold_in(key, step))
+      # Reading the previous step's numbers leaves the device busy with this one.
+      if pending is not None:
+        record(*pending)
+      pending = step, metrics
+      evaluating = step % c.evaluate_every == 0 or step == c.steps
+      if not (evaluating or interruption.received):
+        continue
+      record(*pending)
+      pending = None
+      score = -math.inf
+      if evaluating:
+        values = run.evaluate(eval_step, state, run.splits.val)
+        writer.write({'split': 'val', 'step': step, **values})
+        score = values.get('score', -math.inf)
+        bar.say(f'step {step}: validation {summary(values, run.experiment.tasks)}')
+        if score > progress.best_score:
+          progress = progress._replace(best_score=score, best_step=step)
+        elif c.patience and step - progress.best_step >= c.patience * c.evaluate_every:
+          progress = progress._replace(stopped=True)
+          bar.say(f'stopping: no better score since step {progress.best_step}')
+      meta = {'data': feed.get_state(), 'progress': progress._asdict()}
+      checkpoints.save(step, state, meta, score)
+      clock.reset(step)
+      if interruption.received:
+        bar.say(f'interrupted; step {step} is saved, the same command goes on')
+        sys.exit(128 + interruption.received)
+      if progress.stopped:
+        break
+  return state, progress
+
+
+def _finish(run, workdir, state, checkpoints, writer):
+  """Writes what the report needs of a finished run: test metrics, groups, panels.
+
+  The test split is evaluated with the last state ('test') and, if another
+  checkpoint had the better validation score, with that one too ('test_best').
+  """
+  eval_step = run.eval_step()
+  rows = {'test': state}
+  best = checkpoints.best_step()
+  if best != int(state.step):
+    rows['test_best'], _ = checkpoints.restore(best, state)
+  for split, one in rows.items():
+    logging.info('evaluating the test split at step %d', one.step)
+    values = run.evaluate(eval_step, one, run.splits.test)
+    writer.write({'split': split, 'step': int(one.step), **values})
+  workdir_module.write_groups(workdir, run.experiment.groups, state.params)
+  tasks = run.experiment.tasks
+  batch = next(
+    iter(data.eval_batches(run.splits.val, run.config.tasks, batch_size=PANELS))
+  )
+  predict = jax.jit(make_predict(run.experiment.model, tasks))
+  params, stats = jax.device_get((state.params, state.batch_stats))
+  predictions = jax.device_get(predict(params, stats, batch))
+  classes = {name: task.classes for name, task in tasks.items()}
+  workdir_module.write_predictions(workdir, batch, predictions, classes)
+
+
+class Monitor:
+  """Watches every step's numbers for what should stop or worry a run."""
+
+  def __init__(self, min_alive: int, groups: gr.Groups, params: PyTree):
+    """Remembers the names the numbers belong to."""
+    self._min_alive = min_alive
+    self._totals = gr.totals(groups, params)
+    self._leaves = [
+      gr.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    self._warned = set()
+
+  def check(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    """Raises on a number that is not finite; warns of a layer at its floor.
+
+    Raises:
+      FloatingPointError: with the step and the first layer it is seen in.
+    """
+    leaf = int(metrics['nonfinite'])
+    if leaf >= 0:
+      raise FloatingPointError(
+        f'step {step}: the gradient of {self._leaves[leaf]} is not finite '
+        f'(loss {float(metrics["loss"])})'
+      )
+    for name in ('loss', 'hold_out_loss', 'hypergradient'):
+      value = np.asarray(metrics.get(name, 0.0))
+      if not np.isfinite(value).all():
+        raise FloatingPointError(f'step {step}: {name} is {value}')
+    for (layer, total), alive in zip(
+      self._totals.items(), np.asarray(metrics['alive']), strict=True
+    ):
+      if alive > self._min_alive or total <= self._min_alive or layer in self._warned:
+        continue
+      self._warned.add(layer)
+      logging.warning(
+        'step %d: layer %s %s; λ is too large for it',
+        step,
+        gr.short_name(layer),
+        'is dead' if alive == 0 else f'is at its survival floor ({alive} alive)',
+      )
+
+
+def flatten(
+  metrics: Mapping[str, jax.Array], coefficients: Sequence[str]
+) -> dict[str, float]:
+  """One step's metrics as numbers: vectors of ρ as their mean and their entries."""
+  row = {}
+  for name, value in metrics.items():
+    if name in ('alive', 'nonfinite'):
+      continue
+    value = np.asarray(value)
+    row[name] = float(value.mean())
+    if value.ndim:
+      row |= {
+        f'{name}/{key}': float(v) for key, v in zip(coefficients, value, strict=True)
+      }
+  return row
+
+
+def summary(values: Mapping[str, float], tasks: Mapping[str, task_module.Task]) -> str:
+  """The primary metric of every task and the sparsity, in one line."""
+  parts = [
+    f'{name} {task.primary} {values[f"{name}/{task.primary}"]:.3f}'
+    for name, task in tasks.items()
+    if f'{name}/{task.primary}' in values
+  ]
+  return f'{", ".join(parts)}; dead groups {100 * values["group_sparsity"]:.1f} %'

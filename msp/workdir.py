@@ -1,0 +1,104 @@
+"""The work directory: one run's files, each of them whole or absent."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from msp import groups as gr
+from msp.errors import UserError
+
+
+def claim(workdir: Path, config: ConfigDict) -> None:
+  """Creates the directory for this configuration, or checks that it is its own.
+
+  Args:
+    workdir: created with its parents; config.json is written to it.
+    config: the resolved configuration.
+
+  Raises:
+    UserError: it cannot be written to, or belongs to another configuration.
+  """
+  resolved = json.loads(config.to_json_best_effort())
+  path = workdir / 'config.json'
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not os.access(workdir, os.W_OK):
+      raise PermissionError(13, 'Permission denied')
+    if not path.exists():
+      write(path, lambda f: f.write(json.dumps(resolved, indent=2).encode()))
+      return
+  except OSError as e:
+    raise UserError(
+      f'cannot write to work directory {workdir}: {e.strerror}; choose another '
+      f'one with --workdir'
+    ) from None
+  differ = list(_differences(json.loads(path.read_text()), resolved))
+  if differ:
+    raise UserError(
+      f'work directory {workdir} belongs to another configuration: '
+      f'{"; ".join(differ[:5])}{"; …" if len(differ) > 5 else ""}. Choose another '
+      f'directory with --workdir, or remove this one'
+    )
+
+
+def _differences(old: Any, new: Any, prefix: str = '') -> Iterator[str]:
+  if isinstance(old, Mapping) and isinstance(new, Mapping):
+    for key in sorted(old.keys() | new.keys()):
+      yield from _differences(
+        old.get(key, 'absent'), new.get(key, 'absent'), f'{prefix}.{key}'.lstrip('.')
+      )
+  elif old != new:
+    yield f'{prefix} was {old}, now {new}'
+
+
+def write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
+  """Writes a file so that a kill leaves the old content or the new one."""
+  temporary = path.with_name(f'.{path.name}.tmp')
+  with temporary.open('wb') as f:
+    fill(f)
+  temporary.replace(path)
+
+
+def write_groups(workdir: Path, groups: gr.Groups, params: Any) -> None:
+  """Writes groups.json: which groups of which layer are alive."""
+  if groups.array_axis is None:
+    return  # a mask of single weights is the checkpoint's business
+  layers = [
+    {
+      'name': gr.short_name(layer),
+      'total': int(mask.size),
+      'alive': np.asarray(mask).astype(int).tolist(),
+    }
+    for layer, mask in jax.device_get(gr.alive(groups, params)).items()
+  ]
+  content = json.dumps({'axis': groups.axis, 'layers': layers}).encode()
+  write(workdir / 'groups.json', lambda f: f.write(content))
+
+
+def write_predictions(
+  workdir: Path,
+  batch: Mapping[str, np.ndarray],
+  predictions: Mapping[str, np.ndarray],
+  classes: Mapping[str, Sequence[str]],
+) -> None:
+  """Writes predictions.npz: images, labels and predictions of a batch.
+
+  Args:
+    workdir: of the run.
+    batch: `image` (B, H, W, 3) in [0, 1], `valid` (B,), and each task's label.
+    predictions: by task, as `Task.predict` gives them.
+    classes: names of each task's classes.
+  """
+  rows = batch['valid']
+  arrays = {'image': np.round(batch['image'] * 255).astype(np.uint8)[rows]}
+  for name, prediction in predictions.items():
+    arrays[f'label/{name}'] = batch[name][rows]
+    arrays[f'prediction/{name}'] = np.asarray(prediction)[rows]
+    arrays[f'classes/{name}'] = np.array(classes[name])
+  write(workdir / 'predictions.npz', lambda f: np.savez(f, **arrays))

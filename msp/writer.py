@@ -1,0 +1,112 @@
+"""The log of a run: JSON lines, mirrored as TensorBoard scalars."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+
+from msp.errors import UserError
+from msp.workdir import write
+
+METRICS = 'metrics.jsonl'
+
+
+class MetricWriter:
+  """Appends rows to `metrics.jsonl` and scalars to `tensorboard/` of a run.
+
+  On resume, what a killed run wrote after its last checkpoint is dropped, so that
+  the log is that of an uninterrupted run. Use as a context manager.
+  """
+
+  def __init__(self, workdir: Path, resume_step: int):
+    """Opens the log.
+
+    Args:
+      workdir: of the run; exists.
+      resume_step: the step the run continues from, 0 for a new one; later rows and
+        a half-written last line are dropped.
+
+    Raises:
+      UserError: `metrics.jsonl` is damaged elsewhere than in its last line.
+    """
+    path = workdir / METRICS
+    kept = []
+    if path.exists():
+      pairs = zip(_lines(path), read(path), strict=False)
+      # Test rows are written anew whenever a run ends.
+      kept = [
+        f'{line}\n'
+        for line, row in pairs
+        if row['step'] <= resume_step and row['split'] in ('train', 'val')
+      ]
+    write(path, lambda f: f.write(''.join(kept).encode()))
+    self._file = path.open('a')
+    self._board = tensorboardX.SummaryWriter(
+      str(workdir / 'tensorboard'), purge_step=resume_step + 1
+    )
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Adds one row and flushes it.
+
+    Args:
+      row: 'split', 'step', and scalars (Python, NumPy or JAX) or mappings of them.
+        NaN and ±∞ are written as null: JSON has no word for them.
+    """
+    row = _plain(row)
+    self._file.write(json.dumps(row, allow_nan=False) + '\n')
+    self._file.flush()
+    for name, value in _flat(row['split'], row):
+      if isinstance(value, int | float):
+        self._board.add_scalar(name, value, row['step'])
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._file.close()
+    self._board.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+  """The rows of a `metrics.jsonl`, in order, without a half-written last one.
+
+  Raises:
+    UserError: another line is not a row.
+  """
+  rows = []
+  lines = _lines(path)
+  for number, line in enumerate(lines, 1):
+    try:
+      row = json.loads(line)
+    except ValueError:
+      row = None
+    if isinstance(row, dict) and {'split', 'step'} <= row.keys():
+      rows.append(row)
+    elif number < len(lines):
+      raise UserError(f'{path}, line {number}: not a row of metrics; remove the line')
+  return rows
+
+
+def _lines(path):
+  return path.read_text(errors='replace').split('\n')
+
+
+def _plain(value):
+  if isinstance(value, Mapping):
+    return {name: _plain(entry) for name, entry in value.items()}
+  if hasattr(value, 'item'):
+    value = value.item()
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+def _flat(prefix, values):
+  for name, value in values.items():
+    if isinstance(value, Mapping):
+      yield from _flat(f'{prefix}/{name}', value)
+    elif name not in ('split', 'step'):
+      yield f'{prefix}/{name}', value

@@ -1,0 +1,213 @@
+"""Batches: order, sharding, flips, resuming, padding."""
+
+import numpy as np
+import pytest
+
+import data
+from data import DataError, celebamask_hq
+
+NUM, SIZE = 40, (16, 16)
+TASKS = ('segmentation', 'parts', 'male', 'smiling')
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('pipeline')
+  data.render_faces(folder / 'faces', NUM, SIZE, seed=0, progress=False)
+  data.prepare('celebamask_hq', folder / 'faces', folder, SIZE, progress=False)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def splits(prepared):
+  return data.open('celebamask_hq', prepared, SIZE, 0.25)
+
+
+def iterator(source, tasks=TASKS, **kwargs):
+  kwargs = {'batch_size': 6, 'seed': 0, 'flip': False} | kwargs
+  return data.train_iterator(source, tasks, **kwargs)
+
+
+def take(batches, count):
+  return [next(batches) for _ in range(count)]
+
+
+def same(a, b):
+  assert a.keys() == b.keys()
+  for key in a:
+    np.testing.assert_array_equal(a[key], b[key])
+    assert a[key].dtype == b[key].dtype
+
+
+def identify(source, images):
+  """Positions in `source` of unflipped images."""
+  stored = np.stack([source[i]['image'] for i in range(len(source))])
+  images = np.round(images * 255).astype(np.uint8)
+  return [int(np.flatnonzero((stored == one).all((1, 2, 3)))[0]) for one in images]
+
+
+def test_shapes_types_and_ranges(splits):
+  batch = next(iterator(splits.train))
+  assert list(batch) == ['image', 'valid', *TASKS]
+  assert batch['image'].shape == (6, 16, 16, 3)
+  assert batch['image'].dtype == np.float32
+  assert 0 <= batch['image'].min() < 0.2 < 0.8 < batch['image'].max() <= 1
+  for task in ('segmentation', 'parts'):
+    assert batch[task].shape == (6, 16, 16)
+    assert batch[task].dtype == np.int32
+  assert batch['male'].shape == (6,)
+  assert set(np.unique(batch['male'])) <= {0, 1}
+  assert batch['valid'].dtype == bool
+  assert batch['valid'].all()
+
+
+def test_hold_out_and_train_share_nothing(splits):
+  names = [{int(part[i]['name']) for i in range(len(part))} for part in splits]
+  assert [len(n) for n in names] == [21, 7, 6, 6]
+  assert set.union(*names) == set(range(NUM))  # 40 in all: disjoint
+
+
+def test_hold_out_fraction_that_leaves_a_part_empty(prepared):
+  for fraction in (0.001, 1.0):
+    with pytest.raises(DataError, match='leaves one part empty'):
+      data.open('celebamask_hq', prepared, SIZE, fraction)
+
+
+def test_epochs_are_permutations_without_remainder(splits):
+  count = len(splits.train)  # 21: epochs end inside a batch of 6
+  images = np.concatenate([b['image'] for b in take(iterator(splits.train), 14)])
+  order = identify(splits.train, images)
+  epochs = [order[i : i + count] for i in range(0, 4 * count, count)]
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(count))
+  assert epochs[0] != epochs[1]
+
+
+def test_labels_belong_to_their_images(splits):
+  batch = next(iterator(splits.train))
+  for row, index in enumerate(identify(splits.train, batch['image'])):
+    record = splits.train[index]
+    np.testing.assert_array_equal(batch['parts'][row], record['parts'])
+    male = record['attributes'][celebamask_hq.ATTRIBUTES.index('Male')]
+    assert batch['male'][row] == male
+
+
+def test_seed_decides_order_and_flips(splits):
+  first, again, other = (
+    next(iterator(splits.train, seed=seed, flip=True)) for seed in (1, 1, 2)
+  )
+  same(first, again)
+  assert not np.array_equal(first['image'], other['image'])
+
+
+def test_flips_are_those_of_the_labels_and_change_with_the_epoch(splits):
+  plain = iterator(splits.train)
+  flipped = iterator(splits.train, flip=True)
+  flips = []
+  for a, b in zip(take(plain, 14), take(flipped, 14), strict=True):
+    np.testing.assert_array_equal(a['male'], b['male'])
+    for row in range(6):
+      turned = not np.array_equal(a['image'][row], b['image'][row])
+      flips.append(turned)
+      if turned:
+        np.testing.assert_array_equal(a['image'][row][:, ::-1], b['image'][row])
+        np.testing.assert_array_equal(
+          celebamask_hq.MIRRORED_PARTS[a['parts'][row][:, ::-1]],
+          b['parts'][row],
+        )
+        np.testing.assert_array_equal(
+          a['segmentation'][row][:, ::-1], b['segmentation'][row]
+        )
+      else:
+        np.testing.assert_array_equal(a['parts'][row], b['parts'][row])
+  assert 0.3 < np.mean(flips) < 0.7
+  epochs = np.reshape(flips, (4, 21))
+  assert not np.array_equal(epochs[0], epochs[1])
+
+
+@pytest.mark.parametrize('steps', [0, 1, 5])
+def test_state_restores_the_exact_position(splits, steps):
+  batches = iterator(splits.train, flip=True)
+  take(batches, steps)
+  state = batches.get_state()
+  rest = take(batches, 6)
+  resumed = iterator(splits.train, flip=True)
+  take(resumed, 2)
+  resumed.set_state(state)
+  for a, b in zip(rest, take(resumed, 6), strict=True):
+    same(a, b)
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+def test_processes_share_the_same_global_batches(splits, processes):
+  whole = take(iterator(splits.train, flip=True), 5)
+  shares = [
+    take(
+      iterator(
+        splits.train,
+        flip=True,
+        process_index=index,
+        process_count=processes,
+      ),
+      5,
+    )
+    for index in range(processes)
+  ]
+  for step, expected in enumerate(whole):
+    same(
+      expected,
+      {key: np.concatenate([share[step][key] for share in shares]) for key in expected},
+    )
+
+
+def test_batch_larger_than_the_source(splits):
+  batch = next(iterator(splits.hold_out, batch_size=16))
+  order = identify(splits.hold_out, batch['image'])
+  assert sorted(order[:7]) == sorted(order[7:14]) == list(range(7))
+
+
+@pytest.mark.parametrize('limit', [None, 5, 100])
+def test_evaluation_sees_every_image_once_in_order(splits, limit):
+  batches = list(data.eval_batches(splits.train, TASKS, batch_size=8, limit=limit))
+  expected = min(limit or 21, 21)
+  assert len(batches) == -(-expected // 8)
+  for batch in batches:
+    assert batch['image'].shape == (8, 16, 16, 3)
+  images = np.concatenate([b['image'][b['valid']] for b in batches])
+  assert identify(splits.train, images) == list(range(expected))
+  assert all(b['valid'].all() for b in batches[:-1])
+
+
+def test_evaluation_by_two_processes(splits):
+  whole = list(data.eval_batches(splits.train, TASKS, batch_size=8))
+  shares = [
+    list(
+      data.eval_batches(
+        splits.train, TASKS, batch_size=8, process_index=i, process_count=2
+      )
+    )
+    for i in range(2)
+  ]
+  assert [len(share) for share in shares] == [len(whole)] * 2
+  for step, expected in enumerate(whole):
+    for key in ('image', 'parts', 'male', 'valid'):
+      joined = np.concatenate([share[step][key] for share in shares])
+      np.testing.assert_array_equal(joined, expected[key])
+
+
+def test_requests_that_cannot_be_met(splits, prepared):
+  def evaluate(source, tasks=TASKS, **kwargs):
+    return data.eval_batches(source, tasks, **({'batch_size': 6} | kwargs))
+
+  for call in (iterator, evaluate):
+    with pytest.raises(DataError, match=r"unknown task 'depth'.*known: seg"):
+      call(splits.train, tasks=['depth'])
+    with pytest.raises(DataError, match='multiple of the 4 processes'):
+      call(splits.train, batch_size=6, process_count=4)
+    with pytest.raises(DataError, match='batch size 0'):
+      call(splits.train, batch_size=0)
+    empty = data.Source('celebamask_hq', [], np.arange(0))
+    with pytest.raises(DataError, match='holds no images'):
+      call(empty)
+  with pytest.raises(DataError, match=r'not prepared at 9x9.*--mode prepare'):
+    data.open('celebamask_hq', prepared, (9, 9), 0)

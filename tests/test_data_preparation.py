@@ -1,0 +1,266 @@
+"""`prepare`: complete or nothing, resumable, and clear about bad input."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+import data
+from data import DataError, celebamask_hq, preparation
+
+NUM, SIZE = 30, (16, 16)
+PREPARED = 'celebamask_hq/16x16/1.0.0'
+
+
+@pytest.fixture(scope='module')
+def rendered(tmp_path_factory):
+  target = tmp_path_factory.mktemp('faces') / 'set'
+  return data.render_faces(target, NUM, (32, 32), seed=0, progress=False)
+
+
+@pytest.fixture
+def source(rendered, tmp_path):
+  return shutil.copytree(rendered, tmp_path / 'source')
+
+
+def prepare(source, tmp_path, **kwargs):
+  return data.prepare(
+    'celebamask_hq', source, tmp_path / 'out', SIZE, progress=False, **kwargs
+  )
+
+
+def fails(source, tmp_path, *words, **kwargs):
+  with pytest.raises(DataError) as error:
+    prepare(source, tmp_path, **kwargs)
+  message = str(error.value)
+  assert '\n' not in message
+  for word in words:
+    assert str(word) in message
+  return message
+
+
+def test_records_are_those_of_the_files(source, tmp_path):
+  folder = prepare(source, tmp_path)
+  assert folder == tmp_path / 'out' / PREPARED
+  # The temporary folder is gone.
+  assert [p.name for p in folder.parent.parent.iterdir()] == ['16x16']
+  splits = data.open('celebamask_hq', tmp_path / 'out', SIZE, 0)
+  assert [len(part) for part in (splits.train, splits.val, splits.test)] == [
+    21, 4, 5,
+  ]  # fmt: skip
+  assert splits.hold_out is None
+  order = celebamask_hq.split_numbers(range(NUM))
+  for split in ('train', 'val', 'test'):
+    part = getattr(splits, split)
+    assert [int(part[i]['name']) for i in range(len(part))] == order[split]
+  record, number = splits.val[1], order['val'][1]
+  image = Image.open(source / f'CelebA-HQ-img/{number}.jpg')
+  expected = np.asarray(image.resize((16, 16), Image.Resampling.LANCZOS))
+  np.testing.assert_array_equal(record['image'], expected)
+  # Label values survive the resize: each is in the original at that place.
+  original = np.zeros((32, 32), int)
+  for index, part in enumerate(celebamask_hq.PARTS, 1):
+    path = celebamask_hq.part_path(source, number, part)
+    if path.exists():
+      original[np.asarray(Image.open(path)) > 0] = index
+  np.testing.assert_array_equal(record['parts'], original[1::2, 1::2])
+
+
+def test_builder_works_alone_with_tfds(source, tmp_path):
+  builder = celebamask_hq.CelebamaskHq(
+    data_dir=tmp_path / 'tfds',
+    config=data.builder.size_config(SIZE),
+    file_format='array_record',
+  )
+  builder.download_and_prepare(
+    download_config=tfds.download.DownloadConfig(manual_dir=source)
+  )
+  alone = builder.as_data_source('train')
+  prepare(source, tmp_path)
+  prepared = data.open('celebamask_hq', tmp_path / 'out', SIZE, 0).train
+  assert len(alone) == len(prepared)
+  for index in (0, 20):
+    for key, value in prepared[index].items():
+      np.testing.assert_array_equal(alone[index][key], value)
+
+
+def test_prepared_set_is_reused_even_without_its_source(source, tmp_path, monkeypatch):
+  folder = prepare(source, tmp_path)
+  monkeypatch.setattr(celebamask_hq, 'read', None)
+  assert prepare(source, tmp_path) == folder
+  shutil.rmtree(source)
+  assert prepare(source, tmp_path) == folder
+
+
+def test_all_bad_files_are_named_and_nothing_is_built(source, tmp_path):
+  images = source / 'CelebA-HQ-img'
+  (images / '3.jpg').write_bytes((images / '3.jpg').read_bytes()[:400])
+  (images / '4.jpg').unlink()
+  fails(
+    source, tmp_path, '2 of 30 images', 'unreadable image', '3.jpg',
+    'missing file', '4.jpg', '--skip_corrupt',
+  )  # fmt: skip
+  assert not (tmp_path / 'out' / PREPARED).exists()
+  for number in range(5, 9):
+    (images / f'{number}.jpg').write_bytes(b'')
+  message = fails(source, tmp_path, '6 of 30 images')
+  listing = tmp_path / 'out/celebamask_hq/16x16.bad_files.txt'
+  assert str(listing) in message
+  lines = listing.read_text().splitlines()
+  assert len(lines) == 6
+  for number in range(3, 9):
+    assert any(f'/{number}.jpg' in line for line in lines)
+
+
+def test_skip_corrupt_leaves_out_and_counts(source, tmp_path, caplog):
+  order = celebamask_hq.split_numbers(range(NUM))
+  bad = order['train'][2]
+  (source / f'CelebA-HQ-img/{bad}.jpg').write_bytes(b'junk')
+  folder = prepare(source, tmp_path, skip_corrupt=True)
+  assert 'left out: 1 of 30 images' in caplog.text
+  summary = json.loads((folder / 'prepared.json').read_text())
+  assert summary['left_out'] == [f'train/{bad}']
+  splits = data.open('celebamask_hq', tmp_path / 'out', SIZE, 0)
+  names = [int(splits.train[i]['name']) for i in range(len(splits.train))]
+  # The other images stay where they were.
+  assert names == [n for n in order['train'] if n != bad]
+  assert len(splits.val) == 4
+
+
+def test_skip_corrupt_with_nothing_left(source, tmp_path):
+  for number in celebamask_hq.split_numbers(range(NUM))['val']:
+    (source / f'CelebA-HQ-img/{number}.jpg').unlink()
+  fails(source, tmp_path, 'nothing remains of the split val', skip_corrupt=True)
+
+
+def test_repaired_source_is_read_again(source, tmp_path):
+  path = source / 'CelebA-HQ-img/3.jpg'
+  content = path.read_bytes()
+  path.write_bytes(content[:300])
+  fails(source, tmp_path, '3.jpg')
+  path.write_bytes(content)
+  prepare(source, tmp_path)
+
+
+def test_killed_check_continues(source, tmp_path, monkeypatch):
+  monkeypatch.setattr(preparation, 'BLOCK', 4)
+  read = celebamask_hq.read
+  seen = []
+
+  def dies(entry, size):
+    seen.append(entry.name)
+    if len(seen) > 10:
+      raise KeyboardInterrupt
+    return read(entry, size)
+
+  monkeypatch.setattr(celebamask_hq, 'read', dies)
+  with pytest.raises(KeyboardInterrupt):
+    prepare(source, tmp_path)
+  assert not (tmp_path / 'out' / PREPARED).exists()
+  again = []
+  monkeypatch.setattr(
+    celebamask_hq,
+    'read',
+    lambda entry, size: (again.append(entry.name), read(entry, size))[1],
+  )
+  resumed = prepare(source, tmp_path)
+  assert not set(again) & set(seen[:8])  # two whole blocks
+  monkeypatch.undo()
+  straight = data.prepare(
+    'celebamask_hq', source, tmp_path / 'straight', SIZE, progress=False
+  )
+  for path in straight.glob('*.array_record*'):
+    assert (resumed / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize('when', ['writing', 'verifying'])
+def test_killed_build_leaves_nothing_under_the_final_name(
+  source, tmp_path, monkeypatch, when
+):
+  def dies(*_):
+    raise KeyboardInterrupt
+    yield
+
+  if when == 'writing':
+    monkeypatch.setattr(preparation._Preparation, '_records', dies)
+  else:
+    monkeypatch.setattr(preparation, '_verify', lambda *_: next(dies()))
+  with pytest.raises(KeyboardInterrupt):
+    prepare(source, tmp_path)
+  assert not (tmp_path / 'out' / PREPARED).exists()
+  monkeypatch.undo()
+  monkeypatch.setattr(
+    preparation._Preparation, '_read', None
+  )  # every block is there already
+  assert prepare(source, tmp_path).exists()
+
+
+def test_changed_source_is_refused(source, tmp_path):
+  folder = prepare(source, tmp_path)
+  other = tmp_path / 'other'
+  data.render_faces(other, NUM + 1, (32, 32), seed=0, progress=False)
+  fails(other, tmp_path, '30 images', f'has {NUM + 1} now', f'rm -r {folder}')
+  shutil.rmtree(other)
+  data.render_faces(other, NUM, (32, 32), seed=1, progress=False)
+  fails(other, tmp_path, 'another state of the source')
+
+
+def test_other_version_is_refused(source, tmp_path):
+  folder = prepare(source, tmp_path)
+  old = folder.with_name('0.9.0')
+  folder.rename(old)
+  fails(source, tmp_path, 'another version', 'now 1.0.0', f'rm -r {old}')
+
+
+@pytest.mark.parametrize(
+  'damage', ['truncated', 'missing', 'summary', 'count', 'order']
+)
+def test_damaged_set_is_refused(source, tmp_path, damage):
+  folder = prepare(source, tmp_path)
+  records = next(folder.glob('*val.array_record*'))
+  summary = folder / 'prepared.json'
+  if damage == 'truncated':
+    records.write_bytes(records.read_bytes()[:-200])
+  elif damage == 'missing':
+    records.unlink()
+  elif damage == 'summary':
+    summary.write_text('{"images"')
+  else:
+    content = json.loads(summary.read_text())
+    if damage == 'count':
+      content['names']['val'].pop()
+    else:
+      content['names']['val'].reverse()
+    summary.write_text(json.dumps(content))
+  fails(source, tmp_path, 'damaged', f'rm -r {folder}')
+
+
+def test_too_few_images(tmp_path):
+  source = tmp_path / 'two'
+  data.render_faces(source, 2, (32, 32), seed=0, progress=False)
+  fails(source, tmp_path, 'too few', 'the split val is empty')
+
+
+def test_second_process_is_kept_out(source, tmp_path):
+  work = tmp_path / 'out/celebamask_hq/16x16.building'
+  work.mkdir(parents=True)
+  with preparation._exclusive(work):
+    fails(source, tmp_path, 'another process is preparing')
+
+
+def test_unwritable_folder(source, tmp_path):
+  (tmp_path / 'out').write_text('a file where a folder should be')
+  fails(source, tmp_path, 'cannot prepare celebamask_hq', tmp_path / 'out')
+
+
+def test_unknown_data_set(tmp_path):
+  for call in (
+    lambda: data.labels('mnist'),
+    lambda: data.prepare('mnist', tmp_path, tmp_path, SIZE),
+    lambda: data.open('mnist', tmp_path, SIZE, 0),
+  ):
+    with pytest.raises(DataError, match="'mnist', known: celebamask_hq, camvid"):
+      call()

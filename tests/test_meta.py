@@ -1,0 +1,308 @@
+"""Hypergradients and second-order gradients against central differences."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import msp
+from msp import groups as gr
+from msp.adaptation import adapt
+from msp.errors import UserError
+from msp.hypergradient import hypergradient, meta_gradients
+
+K = 2
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+  with jax.enable_x64(True):
+    yield
+
+
+class Network(nn.Module):
+  """Two convolutions, one of them dilated, and two outputs."""
+
+  norm: str
+
+  @nn.compact
+  def __call__(self, x):
+    for i, dilation in enumerate((1, 2)):
+      # Strides keep it small; softplus has no kink for the differences to cross.
+      x = nn.Conv(
+        6,
+        (3, 3),
+        (2, 2) if i == 0 else (1, 1),
+        kernel_dilation=dilation,
+        use_bias=False,
+        name=f'layer{i}_0',
+        param_dtype=jnp.float64,
+      )(x)
+      if self.norm == 'batch':
+        x = nn.BatchNorm(use_running_average=False, param_dtype=jnp.float64)(x)
+      else:
+        x = nn.GroupNorm(2, param_dtype=jnp.float64)(x)
+      x = nn.softplus(x)
+    a = nn.Conv(2, (1, 1), name='head_a', param_dtype=jnp.float64)(x)
+    b = nn.Dense(1, name='head_b', param_dtype=jnp.float64)(x.mean((1, 2)))
+    return a, b
+
+
+def conv_problem(norm, metric, granularity='scalar'):
+  """A small conv network with a dense and an image-level task, float64."""
+  model = Network(norm)
+  variables = model.init(jax.random.key(0), jnp.zeros((2, 8, 8, 3), jnp.float64))
+  params = {'backbone': variables['params']}
+  stats = {k: v for k, v in variables.items() if k != 'params'}
+  groups = gr.find(params, r'backbone/layer.*kernel', granularity=granularity)
+
+  def loss(params, batch):
+    (a, b), new_stats = model.apply(
+      {'params': params['backbone'], **stats}, batch['image'], mutable=['batch_stats']
+    )
+    a = jnp.mean((jnp.tanh(a) - batch['a']) ** 2)
+    b = jnp.mean((jnp.tanh(b) - batch['b']) ** 2)
+    return a + b, new_stats
+
+  if metric == 'adam':
+    tx = msp.adaptive_proximal(
+      optax.adam(0.01, eps=1e-3, eps_root=1e-6),
+      'group_lasso',
+      groups,
+      0.01,
+      eps=1e-3,
+      eps_root=1e-6,
+    )
+  else:
+    tx = optax.chain(
+      optax.sgd(0.1), msp.proximal('group_lasso', groups, learning_rate=0.1)
+    )
+  return loss, params, groups, tx
+
+
+def make_batches(seed, steps=K, size=3):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  return {
+    'image': jax.random.uniform(keys[0], (steps, size, 8, 8, 3), jnp.float64),
+    'a': jax.random.normal(keys[1], (steps, size, 4, 4, 2), jnp.float64),
+    'b': jax.random.normal(keys[2], (steps, size, 1), jnp.float64),
+  }
+
+
+def first(batches):
+  return jax.tree.map(lambda x: x[0], batches)
+
+
+def central(f, x, eps):
+  return (f(x + eps) - f(x - eps)) / (2 * eps)
+
+
+RHO = {'euclidean': np.log(0.05), 'adam': np.log(0.1)}
+
+
+@pytest.mark.parametrize('metric', ['euclidean', 'adam'])
+@pytest.mark.parametrize('norm', ['batch', 'group'])
+def test_meta_gradients_against_central_differences(norm, metric):
+  loss, params, groups, tx = conv_problem(norm, metric)
+  # Some groups are dead from the start, and stay so or come back.
+  kernels = gr.select(groups, params)
+  params = gr.replace(
+    params, {name: k.at[:, :, :2].set(0) for name, k in kernels.items()}
+  )
+  support, query, hold_out = make_batches(1), *map(first, map(make_batches, (2, 3)))
+
+  @jax.jit
+  def inner(params, rho):
+    return adapt(loss, params, support, tx, sparsity=jnp.exp(rho), unroll=True)
+
+  rho = jnp.asarray(RHO[metric])
+  value = jax.jit(lambda p, r, batch: loss(inner(p, r)[0], batch)[0])
+  dead = gr.sparsity(groups, inner(params, rho)[0]).groups
+  assert 0.05 < dead < 0.95
+  results = {}
+  for mode, unroll in (('reverse', True), ('forward', True), ('reverse', False)):
+    run = functools.partial(adapt, loss, batches=support, tx=tx, unroll=unroll)
+    results[mode, unroll] = jax.jit(
+      lambda p, r, run=run, mode=mode: meta_gradients(
+        lambda p, r: run(params=p, sparsity=jnp.exp(r)),
+        lambda p: loss(p, query),
+        lambda p: loss(p, hold_out),
+        p,
+        r,
+        exact=True,
+        mode=mode,
+      )
+    )(params, rho)
+  reference = results['reverse', True]
+  wanted = central(lambda r: value(params, r, hold_out), rho, 1e-5)
+  np.testing.assert_allclose(reference.rho, wanted, rtol=1e-5)
+  assert abs(wanted) > 1e-6
+  rng = np.random.default_rng(0)
+  direction = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
+  # The prox kink lies at dead groups: leave them dead along the direction.
+  alive = {
+    name: direction_leaf * (kernels_leaf != 0)
+    for (name, direction_leaf), kernels_leaf in zip(
+      gr.select(groups, direction).items(),
+      gr.select(groups, params).values(),
+      strict=True,
+    )
+  }
+  direction = gr.replace(direction, alive)
+  along = jax.jit(
+    lambda t: value(jax.tree.map(lambda p, d: p + t * d, params, direction), rho, query)
+  )
+  np.testing.assert_allclose(
+    optax.tree.vdot(reference.params, direction), central(along, 0.0, 1e-6), rtol=1e-5
+  )
+  for key, got in results.items():
+    np.testing.assert_allclose(got.rho, reference.rho, rtol=1e-6, err_msg=str(key))
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-9),
+      got.params,
+      reference.params,
+    )
+
+
+@pytest.mark.parametrize('mode', ['reverse', 'forward'])
+def test_hypergradient_of_each_layer(mode):
+  loss, params, groups, tx = conv_problem('group', 'euclidean', 'layer')
+  support, hold_out = make_batches(4, steps=2), first(make_batches(5))
+  rho = jnp.linspace(-4, -2, len(groups.names))
+
+  @jax.jit
+  def both(rho):
+    inner = lambda p, r: adapt(loss, p, support, tx, sparsity=jnp.exp(r), unroll=True)[
+      0
+    ]
+    outer = lambda p: loss(p, hold_out)[0]
+    return hypergradient(outer, inner, params, rho, mode=mode)
+
+  value, got = both(rho)
+  assert got.shape == rho.shape
+  for i in range(len(rho)):
+    wanted = central(lambda t, i=i: both(rho.at[i].set(t))[0], rho[i], 1e-5)
+    np.testing.assert_allclose(got[i], wanted, rtol=1e-5, atol=1e-11)
+  assert jnp.isfinite(value)
+
+
+def toy(seed=0):
+  """A quadratic with two grouped kernels, small enough to print."""
+  keys = jax.random.split(jax.random.key(seed), 3)
+  params = {'backbone': {'c': {'kernel': jax.random.normal(keys[0], (3, 2))}}}
+  matrix = jax.random.normal(keys[1], (6, 6))
+  matrix = matrix @ matrix.T / 6 + jnp.eye(6)
+
+  def loss(params, batch):
+    delta = params['backbone']['c']['kernel'].reshape(-1) - batch
+    return 0.5 * delta @ matrix @ delta, None
+
+  return loss, params, jax.random.normal(keys[2], (K, 6)), matrix
+
+
+def test_hessian_product_gradient_equals_reverse_over_reverse():
+  loss, params, batches, _ = toy()
+  tx = optax.sgd(0.1, momentum=0.9)
+  outer = lambda p: jnp.sum(
+    jnp.sin(adapt(loss, p, batches, tx)[0]['backbone']['c']['kernel'])
+  )
+
+  def plain(params):
+    state = tx.init(params)
+    for batch in batches:
+      grads = jax.grad(lambda p, b=batch: loss(p, b)[0])(params)
+      updates, state = tx.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    return jnp.sum(jnp.sin(params['backbone']['c']['kernel']))
+
+  np.testing.assert_allclose(outer(params), plain(params), rtol=1e-12)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-11),
+    jax.grad(outer)(params),
+    jax.grad(plain)(params),
+  )
+
+
+def test_one_sgd_step_by_hand():
+  loss, params, batches, matrix = toy()
+  groups = gr.find(params)
+  tx = optax.chain(optax.sgd(0.1), msp.proximal('group_lasso', groups, 0.1))
+  lam = 0.7
+  outer = lambda p: jnp.sum(p['backbone']['c']['kernel'] ** 2)
+  inner = lambda p, lam: adapt(loss, p, batches[:1], tx, sparsity=lam)[0]
+  x = params['backbone']['c']['kernel'].reshape(-1)
+  z = (x - 0.1 * matrix @ (x - batches[0])).reshape(3, 2)
+  norms = np.linalg.norm(z, axis=1)
+  t = 0.1 * np.sqrt(2)
+  shrunk = np.maximum(norms - t * lam, 0)
+  value, grad = hypergradient(outer, inner, params, jnp.asarray(lam))
+  np.testing.assert_allclose(value, np.sum(shrunk**2), rtol=1e-12)
+  np.testing.assert_allclose(grad, -2 * t * np.sum(shrunk), rtol=1e-12)
+
+
+def test_no_steps_no_hypergradient():
+  loss, params, batches, _ = toy()
+  groups = gr.find(params)
+  tx = optax.chain(optax.sgd(0.1), msp.proximal('group_lasso', groups, 0.1))
+  outer = lambda p: loss(p, batches[0])[0]
+  inner = lambda p, r: adapt(loss, p, batches[:0], tx, sparsity=jnp.exp(r))[0]
+  adapted = inner(params, jnp.zeros(()))
+  jax.tree.map(np.testing.assert_array_equal, adapted, params)
+  for mode in ('reverse', 'forward'):
+    assert hypergradient(outer, inner, params, jnp.zeros(()), mode=mode)[1] == 0
+
+
+def test_zero_coefficient_is_no_prox():
+  loss, params, batches, _ = toy()
+  groups = gr.find(params)
+  with_prox = optax.chain(
+    optax.sgd(0.1), msp.proximal('group_lasso', groups, 0.1, min_alive=1)
+  )
+  a, _ = adapt(loss, params, batches, with_prox, sparsity=0.0)
+  b, _ = adapt(loss, params, batches, optax.sgd(0.1))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-14), a, b)
+
+
+def test_all_groups_dead_gives_a_finite_zero():
+  loss, params, batches, _ = toy()
+  groups = gr.find(params)
+  for tx in (
+    optax.chain(optax.sgd(0.1), msp.proximal('group_lasso', groups, 0.1)),
+    msp.adaptive_proximal(
+      optax.adam(0.1, eps_root=1e-8), 'group_lasso', groups, 0.1, eps_root=1e-8
+    ),
+  ):
+    inner = lambda p, lam, tx=tx: adapt(loss, p, batches, tx, sparsity=lam)[0]
+    outer = lambda p: loss(p, batches[0])[0]
+    for mode in ('reverse', 'forward'):
+      assert hypergradient(outer, inner, params, jnp.asarray(1e3), mode=mode)[1] == 0
+
+
+def test_first_order_is_the_gradient_at_the_adapted_point():
+  loss, params, batches, _ = toy()
+  tx = optax.sgd(0.1)
+  inner = lambda p, r: adapt(loss, p, batches, tx)
+  query = lambda p: loss(p, batches[0])
+  got = meta_gradients(inner, query, None, params, None, exact=False)
+  wanted = jax.grad(lambda p: query(p)[0])(inner(params, None)[0])
+  jax.tree.map(np.testing.assert_array_equal, got.params, wanted)
+  assert got.rho is None
+  exact = meta_gradients(inner, query, None, params, None, exact=True)
+  wanted = jax.grad(lambda p: query(inner(p, None)[0])[0])(params)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-12), exact.params, wanted
+  )
+
+
+def test_refusals():
+  loss, params, batches, _ = toy()
+  with pytest.raises(UserError, match='unknown hypergradient'):
+    hypergradient(None, None, params, jnp.zeros(()), mode='backward')
+  with pytest.raises(TypeError, match='not in its batches'):
+    jax.grad(
+      lambda b: jax.tree.leaves(adapt(loss, params, b, optax.sgd(0.1))[0])[0].sum()
+    )(batches)

@@ -1,0 +1,307 @@
+"""The report of every sort of run, finished or not, from invented logs."""
+
+import base64
+import html
+import json
+import re
+
+import matplotlib
+import numpy as np
+import pytest
+
+from msp import figures, report
+from msp.errors import UserError
+
+TASKS = ('segmentation', 'edges', 'smiling', 'high_cheekbones')
+LAMBDA_MAX = 0.0125
+
+
+def configuration(**changes):
+  return {
+    'name': 'my_run',
+    'seed': 7,
+    'tasks': list(TASKS),
+    'data': {'name': 'celebamask_hq', 'image_size': [24, 32], 'source': '<a> & $b'},
+    'optimizer': [{'name': 'adamw', 'learning_rate': 1e-3}],
+    'train': {'steps': 60},
+    **changes,
+  }
+
+
+def metric_rows(kind, layers, steps=60):
+  """What a run logs; λ runs from 1e-2 λ_max up, one task is absent now and then."""
+  rng = np.random.default_rng(0)
+  rows = []
+  for step in range(1, steps + 1):
+    row = {'split': 'train', 'step': step, 'loss': 1 / step, 'step_time': 0.25}
+    for i, task in enumerate(TASKS):
+      row[f'loss/{task}'] = None if (step + i) % 7 == 0 else 1 / step + i
+    row |= {'group_sparsity': 0.0, 'weight_sparsity': 0.0}
+    if kind != 'dense':
+      relative = 0.01 * np.exp(0.02 * step * (kind != 'fixed'))
+      row |= {'lambda': LAMBDA_MAX * relative, 'lambda_relative': relative}
+      row |= {'group_sparsity': 0.4 * step / steps, 'weight_sparsity': 0.31}
+    if kind in ('learned', 'by_layer'):
+      row |= {'hypergradient': rng.standard_t(2) * 1e-3, 'hold_out_loss': 1.1 / step}
+    if kind == 'by_layer':
+      row |= {f'lambda/{name}': 1e-4 * (1 + i) for i, name in enumerate(layers)}
+    rows.append(row)
+    if step % 20 == 0:
+      rows.append({'split': 'val', 'step': step, **evaluation(step / steps)})
+  rows.append({'split': 'test', 'step': steps, **evaluation(0.9)})
+  return rows
+
+
+def evaluation(quality):
+  return {
+    'loss': 2 - quality,
+    'loss/segmentation': 1 - quality / 2,
+    'segmentation/miou': 0.7123 * quality,
+    'segmentation/iou/hair': 0.8 * quality,
+    'edges/mae': 0.1,
+    'edges/f1': 0.6 * quality,
+    'edges/f1_threshold': 0.35,
+    'smiling/accuracy': 0.9,
+    'smiling/balanced_accuracy': 0.8765 * quality,
+    'high_cheekbones/accuracy': 0.5,
+    'score': quality,
+    'alive_groups': {'stem/conv0': 3},
+  }
+
+
+def group_masks(layers, kind):
+  rng = np.random.default_rng(1)
+  sizes = np.resize([3, 64, 700, 2048], layers)
+  survival = 1 if kind == 'dense' else 0.6
+  masks = [rng.random(size) < survival for size in sizes]
+  if kind != 'dense':
+    masks[-1][:] = False  # a layer that died
+  return {
+    'axis': 'in',
+    'layers': [
+      {
+        'name': f'layer{i // 9}_{i % 9}/conv1',
+        'total': int(mask.size),
+        'alive': mask.astype(int).tolist(),
+      }
+      for i, mask in enumerate(masks)
+    ],
+  }
+
+
+def panels(classes=3, num=8, shape=(24, 32), attributes=TASKS[2:], named=True):
+  rng = np.random.default_rng(2)
+  label = np.sort(rng.integers(0, classes, size=(num, *shape)), axis=1)
+  edges = (np.diff(label, axis=1, prepend=0) != 0).astype(np.float32)
+  arrays = {
+    'image': rng.integers(0, 256, size=(num, *shape, 3)).astype(np.uint8),
+    'prediction/segmentation': np.roll(label, 2, axis=1).astype(np.int32),
+    'prediction/edges': np.clip(edges + 0.1, 0, 1),
+  }
+  label[:, :2], edges[:, :2] = 255, -1
+  arrays |= {'label/segmentation': label.astype(np.int32), 'label/edges': edges}
+  for name in attributes:
+    arrays[f'label/{name}'] = rng.integers(0, 2, num).astype(np.int32)
+    arrays[f'prediction/{name}'] = rng.random(num).astype(np.float32)
+  if named:
+    arrays['classes/segmentation'] = np.array([f'part {i}' for i in range(classes)])
+  return arrays
+
+
+def make_run(folder, kind='learned', layers=5, steps=60, **panel_options):
+  groups = group_masks(layers, kind)
+  names = [layer['name'] for layer in groups['layers']]
+  rows = metric_rows(kind, names, steps)
+  (folder / 'config.json').write_text(json.dumps(configuration()))
+  (folder / 'groups.json').write_text(json.dumps(groups))
+  np.savez(folder / 'predictions.npz', **panels(**panel_options))
+  (folder / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+  return folder
+
+
+def text_of(page):
+  """What a reader sees: no style, no tags, no pictures; spaces collapsed."""
+  text = re.sub(r'<style>.*?</style>', ' ', page, flags=re.S)
+  return re.sub(r'\s+', ' ', html.unescape(re.sub(r'<[^>]*>', '', text)))
+
+
+def check(folder, expected):
+  """The page is alone in the world and shows exactly the expected figures."""
+  path = report.write(folder)
+  assert path == folder / 'report' / 'index.html'
+  page = path.read_text()
+  assert not re.search(r'(src|href)\s*=\s*"(?!data:)', page)
+  assert not re.search(r'https?://|url\(|@import|<script', page)
+  assert {p.stem for p in path.parent.glob('*.png')} == set(expected)
+  embedded = re.findall(r'src="data:image/png;base64,([^"]*)"', page)
+  files = {p.read_bytes() for p in path.parent.glob('*.png')}
+  assert {base64.b64decode(data) for data in embedded} == files
+  assert len(embedded) == len(expected)
+  assert 'NaN' not in text_of(page)
+  assert 'None' not in text_of(page)
+  return text_of(page)
+
+
+EVERY = ['predictions', 'coefficient', 'sparsity', 'groups', 'losses', 'validation']
+
+
+def test_learned(tmp_path):
+  text = check(make_run(tmp_path), EVERY)
+  for part in (
+    'my_run',
+    'celebamask_hq · 24 × 32 pixels · 4 tasks · seed 7 · 0.25 s a step',
+    '60 steps · λ learned from 1.28·10−4 → 4.15·10−4 (0.0102 → 0.0332 λmax)',
+    'segmentation0.641mIoU, test',
+    'smiling0.789balanced accuracy, test',
+    'high cheekbones0.500accuracy, test',
+    'validation, step 60',
+    '31.0% of the weights',
+    '"adamw"',
+    '<a> & $b',
+  ):
+    assert part in text, part
+  groups = json.loads((tmp_path / 'groups.json').read_text())['layers']
+  total = sum(layer['total'] for layer in groups)
+  alive = sum(sum(layer['alive']) for layer in groups)
+  counted = f'{1 - alive / total:.1%} of the groups exactly zero'
+  assert f'{counted} ({total - alive:,} of {total:,})' in text
+  assert 'Incomplete' not in text
+  assert 'stand-in' not in text
+
+
+def test_one_coefficient_for_each_of_many_layers(tmp_path):
+  text = check(make_run(tmp_path, 'by_layer', layers=36), EVERY)
+  assert 'mean λ learned from' in text
+  assert 'layer3_8/conv1' in text
+
+
+def test_fixed(tmp_path):
+  text = check(make_run(tmp_path, 'fixed'), [n for n in EVERY if n != 'coefficient'])
+  assert 'λ fixed at 1.25·10−4 (0.01 λmax)' in text
+
+
+def test_dense(tmp_path):
+  text = check(make_run(tmp_path, 'dense'), ['predictions', 'losses', 'validation'])
+  assert 'no sparsity coefficient (dense)' in text
+  assert 'Sparsity' not in text
+
+
+@pytest.mark.parametrize('data', [{'procedural': True}, {'procedural_images': 1000}])
+def test_stand_in_says_so(tmp_path, data):
+  config = configuration(data={'name': 'celebamask_hq', **data})
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  row = {'split': 'train', 'step': 1, 'loss': 1.0}
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(row))
+  text = check(tmp_path, ['losses'])
+  assert 'celebamask_hq (procedural stand-in)' in text
+  assert 'Not real data.' in text
+
+
+def test_ratio_from_rho(tmp_path):
+  make_run(tmp_path, steps=1)
+  rows = [{'split': 'train', 'step': 1, 'loss': 1.0, 'lambda': 1e-4, 'rho': -4.0}]
+  rows.append({**rows[0], 'step': 2, 'hypergradient': 0.0})
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join(json.dumps(r) for r in rows))
+  text = check(tmp_path, ['predictions', 'coefficient', 'groups', 'losses'])
+  assert '(0.0183 → 0.0183 λmax)' in text
+
+
+def test_killed_after_one_row(tmp_path):
+  row = {'split': 'train', 'step': 5, 'loss': None, 'lambda': 1e-4}
+  row |= {'hypergradient': None, 'group_sparsity': 0.0}
+  (tmp_path / 'config.json').write_text(json.dumps(configuration()))
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(row) + '\n{"split": "tra')
+  (tmp_path / 'predictions.npz').write_bytes(b'PK\x03\x04 half')
+  text = check(tmp_path, ['coefficient', 'sparsity', 'losses'])
+  assert '5 of 60 steps' in text
+  for part in (
+    'Incomplete.',
+    'groups.json is not there',
+    'predictions.npz cannot be read',
+    'the test split has not been evaluated',
+    'the validation split has not been evaluated',
+  ):
+    assert part in text, part
+
+
+def test_evaluation_only(tmp_path):
+  row = {'split': 'test', 'step': 9, **evaluation(1)}
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(row))
+  text = check(tmp_path, [])
+  assert tmp_path.name in text
+  assert 'config.json is not there' in text
+  assert '0.712' in text
+
+
+def test_last_and_best_state(tmp_path):
+  make_run(tmp_path)
+  best = {'split': 'test_best', 'step': 40, **evaluation(1)}
+  with (tmp_path / 'metrics.jsonl').open('a') as file:
+    file.write(json.dumps(best) + '\n')
+  text = check(tmp_path, EVERY)
+  assert 'test, step 60' in text
+  assert 'test, best checkpoint, step 40' in text
+  assert 'segmentation0.641mIoU, test' in text  # of the last, not of the best
+
+
+@pytest.mark.parametrize('classes', [19, 40])
+def test_many_classes_without_attributes(tmp_path, classes):
+  make_run(tmp_path, classes=classes, num=2, attributes=(), named=classes == 19)
+  text = check(tmp_path, EVERY)
+  assert 'Edges: white on black' in text
+  assert 'Badges' not in text
+
+
+def test_writing_again_leaves_nothing_behind(tmp_path):
+  make_run(tmp_path)
+  report.write(tmp_path)
+  (tmp_path / 'groups.json').unlink()
+  text = check(tmp_path, [n for n in EVERY if n != 'groups'])
+  assert '40.0% of the groups exactly zero' in text
+
+
+def test_no_metrics(tmp_path):
+  with pytest.raises(UserError, match=r'no .*metrics.jsonl: is this the work'):
+    report.write(tmp_path)
+  for content in ('', '{"split": "tra'):
+    (tmp_path / 'metrics.jsonl').write_text(content)
+    with pytest.raises(UserError, match='has no row yet'):
+      report.write(tmp_path)
+  assert not (tmp_path / 'report').exists()
+
+
+def test_no_place_for_the_report(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text('{"split": "train", "step": 1}')
+  (tmp_path / 'report').touch()
+  with pytest.raises(UserError, match=r'cannot make .*report: File exists'):
+    report.write(tmp_path)
+
+
+def test_colors_of_nineteen_classes_differ():
+  colors = figures.class_colors(['background', *map(str, range(18))])
+  distance = np.linalg.norm(
+    np.subtract.outer(colors, colors).diagonal(0, 1, 3), axis=-1
+  )
+  assert (distance + np.eye(19)).min() > 0.1
+
+
+def test_no_text_is_cut_off(tmp_path):
+  """Every text of every figure lies inside it, long names and many layers too."""
+  make_run(tmp_path, 'by_layer', layers=55, attributes=(*TASKS[2:], 'arched_eyebrows'))
+  log = report.read(tmp_path)
+  metrics = {task: ['balanced_accuracy', 'auroc'] for task in TASKS}
+  names = [layer.name for layer in log.layers]
+  with matplotlib.rc_context(figures.STYLE):
+    for figure in (
+      figures.predictions(log.image, log.panels),
+      figures.coefficient(log.train, names),
+      figures.sparsity(log.train, log.validation),
+      figures.losses(log.train, log.validation, TASKS),
+      figures.validation(log.validation, metrics),
+      figures.groups(log.layers),
+    ):
+      figure.draw_without_rendering()
+      drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+      assert min(drawn.x0, drawn.y0) > -0.01
+      assert drawn.x1 < width + 0.01
+      assert drawn.y1 < height + 0.01

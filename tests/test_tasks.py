@@ -1,0 +1,140 @@
+"""Tasks: what `make` puts together, at which resolution, and what it refuses."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from msp import losses, metrics, resize, tasks
+from msp.errors import UserError
+
+B, H, W = 3, 16, 24
+LOW = (2, 3)
+
+
+class Label(NamedTuple):
+  kind: str
+  classes: tuple[str, ...]
+
+
+LABELS = {
+  'segmentation': Label('segmentation', ('background', 'hair', 'skin')),
+  'edges': Label('edges', ('edge',)),
+  'smiling': Label('attribute', ('no', 'yes')),
+  'height': Label('surface', ('metres',)),
+}
+VALID = np.array([True, True, False])
+
+
+def batch(kind, seed=0):
+  """Logits of a head, and labels with pixels to ignore."""
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  if kind == 'attribute':
+    return normal(B, 1), rng.integers(0, 2, B).astype(np.int32)
+  if kind == 'edges':
+    label = rng.choice([-1.0, 0.0, 1.0], p=[0.3, 0.69, 0.01], size=(B, H, W))
+    return normal(B, *LOW, 1), label.astype(np.float32)
+  label = rng.integers(0, 4, (B, H, W)).astype(np.int32)
+  label[label == 3] = 255
+  return normal(B, *LOW, 3), label
+
+
+@pytest.fixture(params=['segmentation', 'edges', 'smiling'])
+def name(request):
+  return request.param
+
+
+def test_fields(name):
+  made = tasks.make(['smiling', 'edges', 'segmentation'], LABELS)
+  assert list(made) == ['smiling', 'edges', 'segmentation']
+  task = made[name]
+  assert (task.name, task.kind) == (name, LABELS[name].kind)
+  outputs = {'segmentation': 3, 'edges': 1, 'smiling': 1}[name]
+  head = 'classification' if name == 'smiling' else 'dense'
+  assert (task.outputs, task.head) == (outputs, head)
+
+
+def test_update_and_compute_give_the_primary_metric(name):
+  task = tasks.make([name], LABELS)[name]
+  updates = []
+  for seed in range(3):
+    logits, label = batch(task.kind, seed)
+    updates.append(jax.device_get(jax.jit(task.update)(logits, label, VALID)))
+  result = task.compute(updates)
+  assert 0 <= result[task.primary] <= 1
+  assert task.higher_is_better
+
+
+def test_loss_at_output_resolution_brings_labels_down():
+  logits, label = batch('segmentation')
+  task = tasks.make(['segmentation'], LABELS, smoothing=0.3)['segmentation']
+  want = losses.cross_entropy(logits, label[:, ::8, ::8], VALID, smoothing=0.3)
+  np.testing.assert_allclose(task.loss(logits, label, VALID), want, rtol=1e-6)
+
+  logits, label = batch('edges')
+  cells = label.reshape(B, 2, 8, 3, 8).max(axis=(2, 4))
+  assert (cells == 1).sum() > (label[:, ::8, ::8] == 1).sum()
+  for edge_loss, function in tasks.EDGE_LOSSES.items():
+    task = tasks.make(['edges'], LABELS, edge_loss=edge_loss)['edges']
+    want = function(logits, cells, VALID)
+    np.testing.assert_allclose(task.loss(logits, label, VALID), want, rtol=1e-6)
+
+
+def test_loss_at_label_resolution_brings_logits_up():
+  make = lambda name: tasks.make([name], LABELS, loss_resolution='label')[name]
+  logits, label = batch('segmentation')
+  up = resize.bilinear(logits, (H, W))
+  want = losses.cross_entropy(up, label, VALID)
+  np.testing.assert_allclose(
+    make('segmentation').loss(logits, label, VALID), want, rtol=1e-6
+  )
+  logits, label = batch('edges')
+  up = resize.bilinear(logits, (H, W))
+  want = losses.huber_edges(up, label, VALID)
+  np.testing.assert_allclose(make('edges').loss(logits, label, VALID), want, rtol=1e-6)
+
+
+def test_predictions_have_the_shape_of_the_label(name):
+  task = tasks.make([name], LABELS)[name]
+  logits, label = batch(task.kind)
+  got = np.asarray(task.predict(logits, label.shape))
+  assert got.shape == label.shape
+  if task.kind == 'segmentation':
+    assert got.dtype == np.int32
+    update = metrics.segmentation_update(logits, label, VALID)
+    keep = (label != 255) & VALID[:, None, None]
+    np.testing.assert_array_equal(update['predicted'], np.bincount(got[keep]))
+  else:
+    assert got.dtype == np.float32
+    assert 0 < got.min() < got.max() < 1
+    if task.kind == 'attribute':
+      np.testing.assert_allclose(got, 1 / (1 + np.exp(-logits[:, 0])), rtol=1e-6)
+
+
+def test_gradient_of_a_loss_reaches_the_logits_through_jit(name):
+  task = tasks.make([name], LABELS, loss_resolution='label')[name]
+  logits, label = batch(task.kind)
+  gradient = jax.jit(jax.grad(task.loss))(logits, label, VALID)
+  assert np.all(np.isfinite(gradient))
+  assert np.any(np.asarray(gradient)[0] != 0)
+  assert np.all(np.asarray(gradient)[2] == 0)
+
+
+@pytest.mark.parametrize(
+  ('names', 'options', 'message'),
+  [
+    (['smilng'], {}, r"task 'smilng'; did you mean 'smiling'\? known: segmentation"),
+    (['zzz'], {}, r"unknown task 'zzz'; known: segmentation, edges, smiling"),
+    (['height'], {}, r"kind of task 'height' 'surface'; .*known: segmentation, edges"),
+    ([], {}, r'no tasks given; this data set has: segmentation'),
+    (['edges', 'edges'], {}, r"task 'edges' is listed twice"),
+    (['edges'], {'loss_resolution': 'lable'}, r"did you mean 'label'\?"),
+    (['edges'], {'edge_loss': 'focal'}, r'known: huber, balanced'),
+  ],
+)
+def test_mistakes_get_one_line(names, options, message):
+  with pytest.raises(UserError, match=message) as caught:
+    tasks.make(names, LABELS, **options)
+  assert '\n' not in str(caught.value)
