@@ -3,10 +3,12 @@
 python launch.py --config configs/celeba_meta.py:procedural,tiny --workdir runs/first
 """
 
+import logging
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -30,7 +32,14 @@ def main(argv: list[str]) -> None:
   from msp import report, train
   from msp.errors import UserError
 
-  logging.get_absl_handler().setFormatter(None)
+  absl_logging.set_verbosity(absl_logging.ERROR)  # orbax and TFDS speak through it
+  handler = logging.StreamHandler()
+  handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
+  for name in ('msp', 'data'):
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
   try:
     if len(argv) > 1:
       raise UserError(f'unknown argument {argv[1]!r}; see --help')
@@ -43,6 +52,7 @@ def main(argv: list[str]) -> None:
       print(f'report: {report.write(workdir)}')
     elif _MODE.value == 'evaluate':
       train.evaluate_run(config, workdir)
+      print(f'evaluation: {workdir / "evaluation.json"}')
     else:
       path = train.train(config, workdir, skip_corrupt=_SKIP_CORRUPT.value)
       print(f'report: {path}')

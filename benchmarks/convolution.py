@@ -157,6 +157,7 @@ def main():
       cells = [
         f'{1e3 * t:.2f} ({t / r:.2f})' for t, r in zip(best, reference, strict=True)
       ]
+      cells += ['–'] * (len(COLUMNS) - len(cells))
       mark = '*' if name == selected else ' '
       print(
         f'| {title:35} | {name:5}{mark}| {" | ".join(cells)} | {compile_seconds:.1f} |',

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
+from absl import logging as absl_logging
 
 from data import camvid, celebamask_hq
 from data.builder import FileBuilder, SizeConfig, size_config
@@ -34,6 +35,8 @@ from data.errors import DataError
 from data.files import write_atomically
 from data.labels import Label
 from data.progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 128
 SUMMARY = 'prepared.json'
@@ -115,7 +118,7 @@ def prepare(
   try:
     if final.exists():
       _verify(name, final, source)
-      logging.info('%s: found and verified', final)
+      logger.info('%s: found and verified', final)
       return final
     for other in final.parent.glob('*'):
       raise DataError(
@@ -228,7 +231,7 @@ class _Preparation:
   def build(self, left_out: set[tuple[str, str]]) -> Path:
     """Writes the blocks as ArrayRecord; returns the folder."""
     shutil.rmtree(self.work / 'tfds', ignore_errors=True)
-    logging.info('writing %d images of %s', self.total, self.name)
+    logger.info('writing %d images of %s', self.total, self.name)
     with _quiet_tfds():
       builder = _BUILDERS[self.name](
         data_dir=self.work / 'tfds',
@@ -319,7 +322,7 @@ def _left_out(
   for split, entries in splits.items():
     if all((split, entry.name) in left_out for entry in entries):
       raise DataError(f'{message}; nothing remains of the split {split}')
-  logging.warning('left out: %s', message)
+  logger.warning('left out: %s', message)
   return left_out
 
 
@@ -327,13 +330,13 @@ def _left_out(
 def _quiet_tfds() -> Iterator[None]:
   """Keeps TFDS from telling about places that will be renamed."""
   tfds.disable_progress_bar()
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)
+  verbosity = absl_logging.get_verbosity()
+  absl_logging.set_verbosity(absl_logging.ERROR)
   try:
     with contextlib.redirect_stdout(io.StringIO()):
       yield
   finally:
-    logging.set_verbosity(verbosity)
+    absl_logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

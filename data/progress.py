@@ -1,12 +1,14 @@
 """Progress: a bar on a terminal, a line every few seconds in a log."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from absl import logging
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 LOG_EVERY_SECONDS = 5.0
 
@@ -39,4 +41,4 @@ def progress_bar(
       if done == total or now - reported >= LOG_EVERY_SECONDS:
         reported = now
         rate = done / max(now - started, 1e-9)
-        logging.info('%s: %d of %d (%.0f/s)', what, done, total, rate)
+        logger.info('%s: %d of %d (%.0f/s)', what, done, total, rate)

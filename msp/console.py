@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a bar on a terminal, lines in a log."""
 
+import logging
 import signal
 import sys
 import time
@@ -7,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from absl import logging
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 
 class Bar:
@@ -51,7 +53,7 @@ class Bar:
       self._bar.set_postfix_str(text)
     else:
       left = (self._total - step) * rate
-      logging.info(
+      logger.info(
         'step %d/%d, %.2f s/step, %d s left: %s', step, self._total, rate, left, text
       )
 
@@ -60,7 +62,7 @@ class Bar:
     if self._terminal:
       self._bar.write(text, file=sys.stderr)
     else:
-      logging.info('%s', text)
+      logger.info('%s', text)
 
 
 def describe(metrics: Mapping[str, Any]) -> str:

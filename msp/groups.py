@@ -5,6 +5,7 @@ channel or one single weight of one matched kernel; its weight in the penalty is
 √n_g, n_g the number of its entries.
 """
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from msp.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 PyTree = Any
 AXES = {'in': -2, 'out': -1, 'weight': None}
@@ -97,9 +99,9 @@ def find(
         f'sparsity pattern {pattern!r} matches {name}, which has shape '
         f'{leaf.shape} and so no {axis} channels; match kernels only'
       )
-    logging.debug('groups: %s %s by %s', name, leaf.shape, axis)
+    logger.debug('groups: %s %s by %s', name, leaf.shape, axis)
   layers = tuple(name for name, _ in matched)
-  logging.info('groups: %d kernels match %r', len(layers), pattern)
+  logger.info('groups: %d kernels match %r', len(layers), pattern)
   if granularity == 'scalar':
     keys = ['all'] * len(layers)
   elif granularity == 'stage':

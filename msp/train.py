@@ -1,6 +1,8 @@
 """The loop: data, logging, evaluation, checkpoints; no mathematics."""
 
 import functools
+import json
+import logging
 import math
 import resource
 import sys
@@ -12,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -29,6 +30,8 @@ from msp.models import multitask
 from msp.train_state import TrainState
 from msp.train_step import Combination, Step, make_train_step, task_losses
 from msp.writer import MetricWriter
+
+logger = logging.getLogger(__name__)
 
 PyTree = Any
 PANELS = 6  # pictures in the report
@@ -64,9 +67,16 @@ def build(config: ConfigDict, labels: Mapping[str, data.Label]) -> Experiment:
     loss_resolution=config.loss.resolution,
     edge_loss=config.loss.edges,
   )
+  unroll = config.meta.unroll
+  unroll = jax.default_backend() == 'cpu' if unroll == 'auto' else unroll == 'yes'
+  network = dict(config.model)
+  if network['convolution_implementation'] == 'auto' and jax.default_backend() == 'cpu':
+    # XLA's own convolutions are the faster ones on CPU, but 7 to 35 times slower in
+    # a loop body, where matrix products are not.
+    straight = unroll or config.meta.inner_steps == 0
+    network['convolution_implementation'] = 'lax' if straight else 'matmul'
   model = multitask.build(
-    {name: (task.head, task.outputs) for name, task in tasks.items()},
-    **config.model,
+    {name: (task.head, task.outputs) for name, task in tasks.items()}, **network
   )
   shape = (*config.data.image_size, 3)
   init_model = lambda key: multitask.init(model, key, shape)
@@ -108,7 +118,6 @@ def build(config: ConfigDict, labels: Mapping[str, data.Label]) -> Experiment:
       rho_opt_state=rho_optimizer.init(rho) if learned else None,
     )
 
-  unroll = config.meta.unroll
   train_step = make_train_step(
     model,
     tasks,
@@ -121,7 +130,7 @@ def build(config: ConfigDict, labels: Mapping[str, data.Label]) -> Experiment:
     exact=config.meta.exact,
     rho_optimizer=rho_optimizer if learned else None,
     hypergradient=sparsity.hypergradient,
-    unroll=jax.default_backend() == 'cpu' if unroll == 'auto' else unroll == 'yes',
+    unroll=unroll,
   )
   return Experiment(model, tasks, groups, init, train_step)
 
@@ -283,7 +292,7 @@ def train(
   """
   run = _open(config, devices, skip_corrupt=skip_corrupt)
   workdir_module.claim(workdir, config)
-  logging.info('work directory: %s', workdir)
+  logger.info('work directory: %s', workdir)
   with Checkpoints(workdir) as checkpoints:
     feed = run.feed()
     latest = checkpoints.latest_step()
@@ -293,15 +302,54 @@ def train(
       state, meta = checkpoints.restore(latest, run.initial_state(abstract=True))
       feed.set_state(meta['data'])
       progress = Progress(**meta['progress'])
-      logging.info('going on from step %d', latest)
+      logger.info('going on from step %d', latest)
     with MetricWriter(workdir, latest or 0) as writer:
       if int(state.step) < config.train.steps and not progress.stopped:
         state, progress = _loop(run, state, progress, feed, checkpoints, writer)
       _finish(run, workdir, state, checkpoints, writer)
   path = report.write(workdir)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-  logging.info('peak memory of this process: %.1f GiB', peak)
+  logger.info('peak memory of this process: %.1f GiB', peak)
   return path
+
+
+def evaluate_run(
+  config: ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None = None
+) -> dict[str, dict]:
+  """Metrics of a run's latest checkpoint on val and test, also as evaluation.json.
+
+  Args:
+    config: the run's own.
+    workdir: of the run.
+    devices: those to use, all by default.
+
+  Returns:
+    split -> metrics; see `msp.evaluate.evaluate`.
+
+  Raises:
+    UserError: no checkpoint, or one of another configuration.
+  """
+  if not (workdir / 'checkpoints').is_dir():
+    raise UserError(
+      f'no checkpoint in work directory {workdir}; train first, or name the '
+      f'directory of a run with --workdir'
+    )
+  run = _open(config, devices)
+  workdir_module.claim(workdir, config)
+  with Checkpoints(workdir) as checkpoints:
+    latest = checkpoints.latest_step()
+    if latest is None:
+      raise UserError(f'no complete checkpoint in {workdir / "checkpoints"}')
+    state, _ = checkpoints.restore(latest, run.initial_state(abstract=True))
+  eval_step = run.eval_step()
+  result = {}
+  for split in ('val', 'test'):
+    values = run.evaluate(eval_step, state, getattr(run.splits, split))
+    result[split] = {'step': latest, **values}
+    logger.info('%s: %s', split, summary(values, run.experiment.tasks))
+  content = json.dumps(result, indent=2).encode()
+  workdir_module.write(workdir / 'evaluation.json', lambda f: f.write(content))
+  return result
 
 
 class Progress(NamedTuple):
@@ -444,7 +492,7 @@ def _loop(run, state, progress, feed, checkpoints, writer):
   start = int(state.step)
   clock = Clock(start)
   monitor = Monitor(config.sparsity.min_alive, groups, state.params)
-  logging.info('compiling the training step (the first one takes a while)')
+  logger.info('compiling the training step (the first one takes a while)')
 
   def record(step, metrics):
     monitor.check(step, metrics)
@@ -500,7 +548,7 @@ def _finish(run, workdir, state, checkpoints, writer):
   if best != int(state.step):
     rows['test_best'], _ = checkpoints.restore(best, state)
   for split, one in rows.items():
-    logging.info('evaluating the test split at step %d', one.step)
+    logger.info('evaluating the test split at step %d', one.step)
     values = run.evaluate(eval_step, one, run.splits.test)
     writer.write({'split': split, 'step': int(one.step), **values})
   workdir_module.write_groups(workdir, run.experiment.groups, state.params)
@@ -549,7 +597,7 @@ class Monitor:
       if alive > self._min_alive or total <= self._min_alive or layer in self._warned:
         continue
       self._warned.add(layer)
-      logging.warning(
+      logger.warning(
         'step %d: layer %s %s; λ is too large for it',
         step,
         gr.short_name(layer),

@@ -127,8 +127,9 @@ def make_train_step(
   Returns:
     The step. `batches` has 'query', with K > 0 'support', with a rho_optimizer
     'hold_out'. Metrics are scalars but for 'alive', shape (layers,), int32, and
-    'lambda', 'lambda_relative' (λ/λ_max) and 'hypergradient', of ρ's shape; 'nonfinite' is the
-    position of the first gradient leaf with a NaN or infinity, −1 if there is none.
+    'lambda', 'lambda_relative' (λ/λ_max) and 'hypergradient', of ρ's shape;
+    'nonfinite' is the position of the first gradient leaf with a NaN or infinity,
+    −1 if there is none.
   """
   names = tuple(tasks)
 

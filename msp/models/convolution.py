@@ -1,10 +1,10 @@
 """Convolution and pooling with explicit symmetric padding, in several forms.
 
-XLA's CPU backend runs a convolution inside the body of a `lax.scan` or a
-branch of a `lax.cond` 20 to 90 times slower than outside of it; a matrix
-product does not suffer (`benchmarks/convolution.py` measures both). The
-heads run under `lax.cond`, inner loops under `lax.scan`, so on CPU every
-convolution is written as matrix products.
+XLA's CPU backend runs a convolution inside the body of a `lax.scan` 7 to 35
+times slower than outside of it (`benchmarks/convolution.py` measures it), and
+in a branch of a `lax.cond` several times slower; a matrix product does not
+suffer. The heads run under `lax.cond`, inner loops may run under `lax.scan`, so
+on CPU every convolution is written as matrix products unless told otherwise.
 """
 
 import functools
