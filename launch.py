@@ -4,6 +4,7 @@ python launch.py --config configs/celeba_meta.py:procedural,tiny --workdir runs/
 """
 
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -58,16 +59,33 @@ def main(argv: list[str]) -> None:
       print(f'report: {path}')
   except (UserError, data.DataError, FloatingPointError) as e:
     sys.exit(f'error: {e}')
+  except KeyboardInterrupt:
+    sys.exit('interrupted; the same command goes on from what is saved')
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """Parses flags; a mistyped configuration field ends in one line."""
+  """Parses flags; a mistyped one, or a mistyped field, ends in one line."""
   try:
-    return app.parse_flags_with_usage(argv)
-  except (AttributeError, FileNotFoundError, KeyError, TypeError, ValueError) as e:
-    sys.exit(f'error: {" ".join(str(e).split())}')
+    rest = flags.FLAGS(argv)
+    if _CONFIG.value is None:
+      sys.exit('error: no --config; for example --config configs/celeba_meta.py')
+    _CONFIG.value.lock()  # what could not be read says so when it is used
+    return rest
+  except OSError as e:
+    sys.exit(f'error: cannot read the file after --config: {str(e).splitlines()[-1]}')
+  except (LookupError, AttributeError, TypeError, ValueError, flags.Error) as e:
+    text = str(e).strip()
+    if 'Traceback (most recent call last)' in text:  # of the configuration file
+      text = text.splitlines()[-1].partition(': ')[2]
+    elif isinstance(e, LookupError | AttributeError):
+      close = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
+      text = (
+        f'the configuration has no field {close[2]!r}; did you mean {close[1]!r}?'
+        if close
+        else f'the configuration has no such field: {text}'
+      )
+    sys.exit(f'error: {" ".join(text.split())}')
 
 
 if __name__ == '__main__':
-  flags.mark_flag_as_required('config')
   app.run(main, flags_parser=_parse)

@@ -24,15 +24,25 @@ class Checkpoints:
 
   def __init__(self, workdir: Path, score: str = 'score'):
     """Opens (and creates) `workdir`/checkpoints; best is the highest `score`."""
+    # Of equal scores the first is the best, as in the loop's early stopping.
+    rank = lambda metrics: (metrics[score], -metrics['step'])
     self._manager = ocp.CheckpointManager(
       (workdir / 'checkpoints').resolve(),
+      # Without them a manager that has saved nothing yet cannot tell what is saved.
+      item_handlers={
+        'state': ocp.StandardCheckpointHandler(),
+        'meta': ocp.JsonCheckpointHandler(),
+      },
       options=ocp.CheckpointManagerOptions(
-        # `best_fn` with `max_to_keep` would delete the newest checkpoint whenever
-        # it is not among the best, and with it the way to resume.
+        # Without `best_fn` no score would be written to disk, and `best_step` would
+        # be the latest one. With `max_to_keep` instead of the policy it would delete
+        # the newest checkpoint whenever it is not among the best, and with it the
+        # way to resume.
+        best_fn=rank,
         preservation_policy=preservation_policy.AnyPreservationPolicy(
           [
             preservation_policy.LatestN(2),
-            preservation_policy.BestN(get_metric_fn=lambda m: m[score], n=1),
+            preservation_policy.BestN(get_metric_fn=rank, n=1),
           ]
         ),
         cleanup_tmp_directories=True,
@@ -66,7 +76,7 @@ class Checkpoints:
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
       ),
-      metrics={self._score: score},
+      metrics={self._score: score, 'step': step},
       force=True,
     )
 

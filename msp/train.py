@@ -18,8 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import data
+from msp import episodes, losses, report, transforms
 from msp import groups as gr
-from msp import report, transforms
 from msp import tasks as task_module
 from msp import workdir as workdir_module
 from msp.checkpoint import Checkpoints
@@ -91,6 +91,7 @@ def build(config: ConfigDict, labels: Mapping[str, data.Label]) -> Experiment:
   )
   rho_optimizer = transforms.build(sparsity.optimizer, 'sparsity.optimizer')
   combination = Combination(config.loss.combination, dict(config.loss.weights) or None)
+  _check_traced(config, abstract, outer, inner)
 
   def init(key, batch):
     key_params, key_gradient = jax.random.split(key)
@@ -152,6 +153,11 @@ def _check(config):
     section, name = field.split('.')
     if config[section][name] < 1:
       raise UserError(f'{field} is {config[section][name]}; it has to be at least 1')
+  if len(config.data.image_size) != 2 or min(config.data.image_size) < 16:
+    raise UserError(
+      f'data.image_size is {config.data.image_size}; it has to be two numbers, rows '
+      f'and columns, of at least 16'
+    )
   sparsity, inner_steps = config.sparsity, config.meta.inner_steps
   if inner_steps < 0:
     raise UserError(f'meta.inner_steps is {inner_steps}; it has to be at least 0')
@@ -177,6 +183,21 @@ def _check(config):
       f'data.hold_out is {config.data.hold_out}; a learned λ needs a part of train '
       f'of its own, a share in (0, 1)'
     )
+
+
+def _check_traced(config, params, outer, inner):
+  """The mistakes that tracing the step would find, before anything is written."""
+  zeros = dict.fromkeys(config.tasks, 0.0)
+  losses.combine(
+    zeros,
+    how=config.loss.combination,
+    weights=dict(config.loss.weights),
+    log_vars=zeros,
+  )
+  jax.eval_shape(outer.init, params)
+  if config.meta.inner_steps:
+    jax.eval_shape(inner.init, params)
+    episodes.draw(jax.random.key(0), len(config.tasks), config.meta.episodes)
 
 
 def _optimizer(entries, where, sparsity, groups, metric):
@@ -256,12 +277,27 @@ def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
   Returns:
     The folder of the prepared data set.
   """
-  c = config.data
-  if c.procedural_images:
-    data.render_faces(c.source, c.procedural_images, tuple(c.image_size), 0)
+  source, prepared = _folders(config)
+  size = tuple(config.data.image_size)
+  if config.data.procedural_images:
+    data.render_faces(source, config.data.procedural_images, size, 0)
   return data.prepare(
-    c.name, c.source, c.prepared, tuple(c.image_size), skip_corrupt=skip_corrupt
+    config.data.name, source, prepared, size, skip_corrupt=skip_corrupt
   )
+
+
+def _folders(config):
+  """Folders of the published files and of the prepared copies.
+
+  A stand-in has its own, named by its settings: it is never mixed with real data,
+  nor with a stand-in of other settings.
+  """
+  c = config.data
+  if not c.procedural_images:
+    return Path(c.source), Path(c.prepared)
+  rows, columns = c.image_size
+  source = Path(f'{c.source}_{c.procedural_images}_{rows}x{columns}')
+  return source, Path(c.prepared) / source.name
 
 
 def train(
@@ -459,7 +495,7 @@ def _open(config, devices, *, skip_corrupt=False) -> Run:
   prepare(config, skip_corrupt=skip_corrupt)
   splits = data.open(
     config.data.name,
-    config.data.prepared,
+    _folders(config)[1],
     tuple(config.data.image_size),
     config.data.hold_out,
   )

@@ -38,7 +38,14 @@ def claim(workdir: Path, config: ConfigDict) -> None:
       f'cannot write to work directory {workdir}: {e.strerror}; choose another '
       f'one with --workdir'
     ) from None
-  differ = list(_differences(json.loads(path.read_text()), resolved))
+  try:
+    own = json.loads(path.read_text())
+  except (OSError, ValueError) as e:
+    raise UserError(
+      f'cannot read {path}: {e}; choose another directory with --workdir, or '
+      f'remove this one'
+    ) from None
+  differ = list(_differences(own, resolved))
   if differ:
     raise UserError(
       f'work directory {workdir} belongs to another configuration: '

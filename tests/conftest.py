@@ -7,6 +7,6 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-import jax  # noqa: E402  (after the environment)
+import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')

@@ -1,0 +1,255 @@
+"""What a person can get wrong, and the one line that answers it."""
+
+import importlib
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+import data
+from configs import common
+from data import DataError
+from msp import train, workdir
+from msp.checkpoint import Checkpoints
+from msp.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+OPTIONS = {
+  'celeba_meta': ('procedural', 'tiny'),
+  'celeba_multitask': ('fixed', 'procedural', 'tiny'),
+  'camvid_meta': ('tiny',),
+  'camvid_multitask': ('fixed', 'tiny'),
+}
+
+
+def launch(folder, *arguments):
+  """Runs the program in an empty folder; returns its exit code and its messages."""
+  result = subprocess.run(
+    [sys.executable, ROOT / 'launch.py', *arguments],
+    cwd=folder,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert result.stdout == ''
+  return result.returncode, result.stderr
+
+
+def last_line(code, messages):
+  """The one line of a mistake."""
+  assert code == 1
+  assert 'Traceback' not in messages
+  line = messages.strip().splitlines()[-1]
+  assert line.startswith('error: ')
+  assert messages.count('error: ') == 1
+  return line
+
+
+def test_without_the_data_set_it_says_what_to_do(tmp_path):
+  line = last_line(*launch(tmp_path, '--config', ROOT / 'configs/celeba_meta.py'))
+  assert 'CelebA-HQ-img is missing' in line
+  assert 'looked for at datasets/CelebAMask-HQ' in line
+  assert 'github.com/switchablenorms/CelebAMask-HQ' in line
+  assert 'python launch.py --config configs/celeba_meta.py:procedural,tiny' in line
+  assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'expected'),
+  [
+    (['{config}', '--config.train.step=3'], ["'step'", "did you mean 'steps'?"]),
+    (['{config}', '--config.trian.steps=3'], ["'trian'", "did you mean 'train'?"]),
+    (['{config}', '--config.train.steps=abc'], ['config.train.steps=abc']),
+    (['{config}:tinny'], ['unknown option tinny', 'known: procedural, tiny']),
+    (['nothing.py'], ['cannot read the file after --config', 'nothing.py']),
+    (['nothing.py', '--config.seed=1'], ['cannot read', 'nothing.py']),
+    (['{config}', '--mode=trian'], ['trian', 'train|evaluate|report|prepare']),
+    (['{config}', '--wrokdir=x'], ["'wrokdir'"]),
+    ([None], ['no --config']),
+  ],
+)
+def test_mistyped_arguments(tmp_path, arguments, expected):
+  first, *rest = arguments
+  if first is not None:
+    config = first.format(config=ROOT / 'configs/celeba_meta.py')
+    rest = ['--config', config, *rest]
+  code, messages = launch(tmp_path, *rest)
+  line = last_line(code, messages)
+  assert len(messages.strip().splitlines()) == 1
+  for text in expected:
+    assert text in line
+  assert list(tmp_path.iterdir()) == []
+
+
+def config(tmp_path, **overrides):
+  """A small experiment whose data set does not exist."""
+  c = common.celeba()
+  common.learn_coefficient(c)
+  c.update_from_flattened_dict(
+    {
+      'tasks': ('segmentation', 'male'),
+      'data.source': str(tmp_path / 'source'),
+      'data.prepared': str(tmp_path / 'prepared'),
+      'data.image_size': (16, 16),
+      'model.blocks': (1, 1, 1, 1),
+      'model.block': 'basic',
+      'model.width': 0.0625,
+      'model.head_features': 8,
+      'meta.episodes': '1',
+      'train.batch_size': 8,
+    }
+  )
+  with c.unlocked():
+    c.update_from_flattened_dict(overrides)
+  return c
+
+
+SGD = [ConfigDict({'name': 'sgd', 'learning_rate': 0.1})]
+MISTAKES = [
+  ({'tasks': ('segmentation', 'mael')}, "unknown task 'mael'; did you mean 'male'"),
+  ({'tasks': ()}, 'no tasks given'),
+  ({'tasks': ('male', 'male')}, "'male' is listed twice"),
+  ({'data.name': 'celeba'}, "unknown data set 'celeba', known: celebamask_hq"),
+  ({'data.image_size': (64,)}, r'image_size is \(64,\)'),
+  ({'data.hold_out': 0.0}, 'data.hold_out is 0.0; a learned λ needs a part'),
+  ({'model.depth': 34}, 'unknown model depth 34: choose one of 18, 50, 101'),
+  ({'model.norm': 'layer'}, "unknown model norm 'layer'"),
+  (
+    {'optimizer': [ConfigDict({'name': 'adamm', 'learning_rate': 0.1})]},
+    "optimizer: unknown transform 'adamm'",
+  ),
+  (
+    {'optimizer': [ConfigDict({'name': 'adam', 'learning_rat': 0.1})]},
+    'cannot take',
+  ),
+  ({'optimizer': SGD}, 'needs an inner transform with one second moment'),
+  (
+    {'meta.optimizer': [ConfigDict({'name': 'scale', 'step_size': -0.1})]},
+    'meta.optimizer: no entry has a learning_rate',
+  ),
+  ({'meta.inner_steps': 0}, 'needs meta.inner_steps of at least 1'),
+  ({'meta.inner_steps': -1}, 'meta.inner_steps is -1'),
+  ({'meta.episodes': 'some'}, "meta.episodes='some': expected all, full or a number"),
+  ({'meta.unroll': 'maybe'}, "meta.unroll is 'maybe'; known: auto, yes, no"),
+  ({'loss.combination': 'mean'}, "unknown combination of losses 'mean'"),
+  ({'loss.combination': 'fixed'}, "no weight for task 'segmentation'"),
+  ({'loss.resolution': 'half'}, "unknown loss_resolution 'half'"),
+  ({'sparsity.penalty': 'lasso'}, "unknown penalty 'lasso'; known: group_lasso, l1"),
+  ({'sparsity.coefficient': 'learn'}, "sparsity.coefficient is 'learn'; known: none"),
+  ({'sparsity.coefficient': 'fixed'}, 'sparsity.value is 0.0; a fixed λ has to be'),
+  ({'sparsity.hypergradient': 'back'}, "sparsity.hypergradient is 'back'; known"),
+  ({'sparsity.metric': 'l2'}, "sparsity.metric is 'l2'; known: adam, euclidean"),
+  ({'sparsity.axis': 'input'}, "axis 'input' is not one of in, out, weight"),
+  ({'sparsity.granularity': 'block'}, "granularity 'block' is not one of"),
+  ({'sparsity.pattern': 'nothing'}, "pattern 'nothing' matches no parameter"),
+  ({'sparsity.start': 2.0}, 'sparsity.start is 2.0'),
+  ({'train.steps': 0}, 'train.steps is 0; it has to be at least 1'),
+  ({'train.batch_size': 1}, r'batch_size=1 is too small.*support \+ query \+ hold-out'),
+  ({'train.batch_size': 0}, 'batch_size=0 is too small'),
+  ({'train.batch_size': 8}, r'on 8 device\(s\): use a multiple of 16'),
+  ({'train.batch_size': 16}, 'CelebA-HQ-img is missing'),  # all else is in order
+]
+
+
+@pytest.mark.parametrize(('overrides', 'message'), MISTAKES)
+def test_a_mistake_is_named_before_anything_is_written(tmp_path, overrides, message):
+  with pytest.raises((UserError, DataError), match=message) as caught:
+    train.train(config(tmp_path, **overrides), tmp_path / 'run')
+  assert '\n' not in str(caught.value)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_architecture_names_the_leaves(tmp_path):
+  state = {'params': {'conv': jnp.ones((3, 4)), 'bias': jnp.ones(4)}}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(2, state, {}, 0.5)
+  target = {'params': {'conv': jnp.ones((3, 5)), 'scale': jnp.ones(4)}}
+  with Checkpoints(tmp_path) as checkpoints:
+    with pytest.raises(UserError) as caught:
+      checkpoints.restore(2, target)
+    restored, _ = checkpoints.restore(2, state)
+  message = str(caught.value)
+  assert 'of another architecture; 3 leaves differ' in message
+  assert 'params/conv (3, 4), this model (3, 5)' in message
+  assert 'params/bias (4,), this model absent' in message
+  assert 'params/scale absent, this model (4,)' in message
+  jax.tree.map(lambda a, b: (a == b).all(), restored, state)
+
+
+def test_the_best_checkpoint_survives_a_restart(tmp_path):
+  state, folder = {'x': jnp.ones(2)}, tmp_path / 'checkpoints'
+  scores = {2: 0.3, 4: 0.9, 6: float('-inf'), 8: 0.9, 10: 0.4}
+  for step, score in scores.items():
+    with Checkpoints(tmp_path) as checkpoints:  # as after a kill
+      checkpoints.save(step, state, {'step': step}, score)
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest_step() == 10
+    assert checkpoints.best_step() == 4
+    assert checkpoints.restore(4, state)[1] == {'step': 4}
+  assert {p.name for p in folder.iterdir()} == {'4', '8', '10'}
+
+
+def test_evaluating_what_was_never_trained(tmp_path):
+  with pytest.raises(UserError, match='no checkpoint in work directory'):
+    train.evaluate_run(config(tmp_path), tmp_path / 'run')
+  assert list(tmp_path.iterdir()) == []
+
+
+CASES = [
+  (stem, given)
+  for stem, options in OPTIONS.items()
+  for size in range(len(options) + 1)
+  for given in itertools.combinations(options, size)
+]
+
+
+@pytest.mark.parametrize(('stem', 'given'), CASES)
+def test_every_configuration_means_something(stem, given):
+  module = importlib.import_module(f'configs.{stem}')
+  c = module.get_config(','.join(given))
+  assert c.name == '-'.join([stem, *given])
+  assert ('tiny' in given) == (c.model.width < 1)
+  assert ('procedural' in given) == bool(c.data.procedural_images)
+  coefficient = 'learned' if 'meta' in stem else 'fixed' if 'fixed' in given else 'none'
+  assert c.sparsity.coefficient == coefficient
+  labels = data.labels(c.data.name)
+  train.build(c, labels)
+  train._check_batch(c, 1)
+  text = ConfigDict(c).to_json_best_effort()
+  assert 'Unserializable' not in text
+
+
+@pytest.mark.parametrize('stem', OPTIONS)
+def test_every_configuration_says_how_it_is_run(stem):
+  module = importlib.import_module(f'configs.{stem}')
+  assert f'python launch.py --config configs/{stem}.py' in module.__doc__
+  with pytest.raises(ValueError, match='unknown option tinny'):
+    module.get_config('tinny')
+
+
+def test_all_configurations_are_known_here():
+  found = {p.stem for p in (ROOT / 'configs').glob('*.py')}
+  assert found - {'__init__', 'common'} == OPTIONS.keys()
+
+
+def test_defaults_are_the_published_settings():
+  c = importlib.import_module('configs.celeba_multitask').get_config()
+  assert c.data.image_size == (256, 256)
+  assert c.model.depth == 50
+  assert c.model.width == 1.0
+  assert c.train.batch_size == 32
+  (adamw,) = c.optimizer
+  assert adamw.name == 'adamw'
+  assert adamw.learning_rate == 1e-4
+  assert adamw.weight_decay == 0.1
+
+
+def test_a_directory_of_another_configuration_is_refused(tmp_path):
+  workdir.claim(tmp_path, config(tmp_path))
+  with pytest.raises(UserError, match=r'seed was 0, now 1\. .*--workdir'):
+    workdir.claim(tmp_path, config(tmp_path, seed=1))

@@ -1,0 +1,358 @@
+"""The loop, end to end, on forty rendered faces."""
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from configs import common
+from msp import train, writer
+from msp.checkpoint import Checkpoints
+
+STEPS, EVALUATE_EVERY = 6, 2
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _compile_once(tmp_path_factory):
+  """Runs of one configuration share their compiled programs."""
+
+  def configure(folder, unoptimized):
+    jax.config.update('jax_compilation_cache_dir', folder)
+    jax.config.update('jax_disable_most_optimizations', unoptimized)
+    compilation_cache.reset_cache()
+
+  before = jax.config.jax_compilation_cache_dir
+  # Compiling takes longer than training.
+  configure(str(tmp_path_factory.mktemp('compiled')), True)
+  yield
+  configure(before, False)
+
+
+@pytest.fixture(scope='module')
+def faces(tmp_path_factory):
+  """A prepared data set, shared by all runs."""
+  folder = tmp_path_factory.mktemp('faces')
+  train.prepare(config(folder))
+  return folder
+
+
+def config(folder, **overrides):
+  """A tiny experiment with everything that has a state: λ, dropout, flips."""
+  c = common.celeba()
+  common.learn_coefficient(c)
+  c.update_from_flattened_dict(
+    {
+      'name': 'tiny',
+      'tasks': ('male', 'smiling'),
+      'data.source': str(folder / 'source'),
+      'data.prepared': str(folder / 'prepared'),
+      'data.procedural_images': 40,
+      'data.image_size': (16, 16),
+      'model.blocks': (1, 1, 1, 1),
+      'model.block': 'basic',
+      'model.width': 0.0625,
+      'model.head_features': 32,
+      'meta.inner_steps': 1,
+      'meta.episodes': '1',
+      'meta.exact': False,
+      'meta.unroll': 'yes',
+      'train.steps': STEPS,
+      'train.batch_size': 8,
+      'train.log_every': 1,
+      'train.evaluate_every': EVALUATE_EVERY,
+      'train.patience': 100,
+      **overrides,
+    }
+  )
+  return c
+
+
+def run(c, workdir):
+  return train.train(c, workdir, devices=jax.devices()[:1])
+
+
+def rows(workdir):
+  """The log without what a clock says."""
+  return [
+    {name: value for name, value in row.items() if name != 'step_time'}
+    for row in writer.read(workdir / 'metrics.jsonl')
+  ]
+
+
+def final_params(workdir):
+  """The newest checkpoint as it is on disk."""
+  import orbax.checkpoint as ocp
+
+  with Checkpoints(workdir) as checkpoints:
+    step = checkpoints.latest_step()
+  path = workdir / 'checkpoints' / str(step) / 'state'
+  return step, ocp.StandardCheckpointer().restore(path.resolve())
+
+
+def same_run(a, b):
+  assert rows(a) == rows(b)
+  (step_a, state_a), (step_b, state_b) = final_params(a), final_params(b)
+  assert step_a == step_b
+  jax.tree.map(np.testing.assert_array_equal, state_a, state_b)
+
+
+@pytest.fixture(scope='module')
+def finished(faces, tmp_path_factory):
+  """An uninterrupted run."""
+  workdir = tmp_path_factory.mktemp('finished')
+  report = run(config(faces), workdir)
+  return workdir, report
+
+
+def test_a_run_leaves_its_files(finished, faces):
+  workdir, report = finished
+  assert report == workdir / 'report' / 'index.html'
+  assert report.stat().st_size > 10_000
+  kept = json.loads((workdir / 'config.json').read_text())
+  assert kept['train']['steps'] == STEPS
+  layers = json.loads((workdir / 'groups.json').read_text())['layers']
+  assert {'name', 'total', 'alive'} <= layers[0].keys()
+  with np.load(workdir / 'predictions.npz') as predictions:
+    names = set(predictions.files)
+  assert {'image', 'label/male', 'prediction/male', 'classes/smiling'} <= names
+  assert any((workdir / 'tensorboard').iterdir())
+  assert not list(workdir.glob('.*'))
+
+
+def test_a_run_logs_every_number(finished):
+  log = rows(finished[0])
+  by_split = lambda split: [row for row in log if row['split'] == split]
+  trained = by_split('train')
+  assert [row['step'] for row in trained] == list(range(1, STEPS + 1))
+  assert {
+    'loss',
+    'loss/male',
+    'loss/smiling',
+    'hold_out_loss',
+    'lambda',
+    'lambda_relative',
+    'hypergradient',
+    'group_sparsity',
+    'weight_sparsity',
+    'gradient_norm',
+  } <= trained[0].keys()
+  assert len({row['lambda'] for row in trained}) > 1  # it learns
+  assert [row['step'] for row in by_split('val')] == [2, 4, 6]
+  for row in by_split('val') + by_split('test'):
+    assert math.isfinite(row['score'])
+    assert {'male/balanced_accuracy', 'loss/smiling', 'alive_groups'} <= row.keys()
+  assert [row['step'] for row in by_split('test')] == [STEPS]
+  timed = writer.read(finished[0] / 'metrics.jsonl')
+  assert all(row['step_time'] > 0 for row in timed if row['split'] == 'train')
+
+
+def test_latest_two_checkpoints_and_the_best_are_kept(finished):
+  workdir = finished[0]
+  scores = {row['step']: row['score'] for row in rows(workdir) if row['split'] == 'val'}
+  kept = {int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()}
+  assert kept >= {4, 6}
+  assert kept - {4, 6} <= {max(scores, key=scores.get)}
+
+
+class Killed(BaseException):
+  """Stands for a kill: no handler may make anything of it."""
+
+
+@pytest.mark.parametrize(
+  'after',
+  [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow)],
+)
+def test_a_killed_run_goes_on_exactly(finished, faces, tmp_path, monkeypatch, after):
+  """Killed before the first checkpoint, right after one, and between two."""
+  real, calls = train.Monitor.check, []
+
+  def check(self, step, metrics):
+    real(self, step, metrics)
+    calls.append(step)
+    if step == after + 1:
+      raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Monitor, 'check', check)
+    with pytest.raises(Killed):
+      run(config(faces), tmp_path)
+  assert calls[-1] == after + 1
+  run(config(faces), tmp_path)
+  same_run(tmp_path, finished[0])
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_saving_goes_on_exactly(
+  finished, faces, tmp_path, monkeypatch
+):
+  def save(self, step, *args):
+    if step == 4:
+      raise Killed
+    real(self, step, *args)
+
+  real = Checkpoints.save
+  with monkeypatch.context() as patch:
+    patch.setattr(Checkpoints, 'save', save)
+    with pytest.raises(Killed):
+      run(config(faces), tmp_path)
+  with (tmp_path / 'metrics.jsonl').open('a') as f:
+    f.write('{"split": "tra')  # half a line
+  run(config(faces), tmp_path)
+  same_run(tmp_path, finished[0])
+
+
+def test_a_run_asked_to_stop_saves_and_goes_on_exactly(
+  finished, faces, tmp_path, monkeypatch
+):
+  """SIGTERM in the middle of step 3, which is no step of evaluation."""
+  real = train.Feed.next
+  calls = []
+
+  def with_signal(self):
+    calls.append(None)
+    if len(calls) == 4:  # the first one is for the initial state
+      signal.raise_signal(signal.SIGTERM)
+    return real(self)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Feed, 'next', with_signal)
+    with pytest.raises(SystemExit) as caught:
+      run(config(faces), tmp_path)
+  assert caught.value.code == 128 + signal.SIGTERM
+  assert (tmp_path / 'checkpoints' / '3').is_dir()
+  run(config(faces), tmp_path)
+  same_run(tmp_path, finished[0])
+
+
+def test_a_finished_run_only_writes_its_report_again(finished, faces):
+  workdir, report = finished
+  before, content = rows(workdir), (workdir / 'groups.json').read_bytes()
+  report.unlink()
+  assert run(config(faces), workdir) == report
+  assert report.exists()
+  assert rows(workdir) == before
+  assert (workdir / 'groups.json').read_bytes() == content
+
+
+def test_evaluation_gives_the_numbers_of_the_run(finished, faces):
+  workdir = finished[0]
+  result = train.evaluate_run(config(faces), workdir, jax.devices()[:1])
+  (tested,) = [row for row in rows(workdir) if row['split'] == 'test']
+  assert result['test'].items() <= tested.items()
+  assert json.loads((workdir / 'evaluation.json').read_text()) == result
+
+
+def test_early_stopping_stops_and_stays_stopped(faces, tmp_path, monkeypatch):
+  real = train.evaluate
+  scores = iter([0.5, 0.6, 0.6, 0.1, 0.9, 0.9, 0.9])
+  monkeypatch.setattr(
+    train, 'evaluate', lambda *args: real(*args) | {'score': next(scores)}
+  )
+  c = config(faces, **{'train.steps': 12, 'train.patience': 2})
+  run(c, tmp_path)
+  # best at step 4, two evaluations without a better one: 6 and 8
+  validated = [row['step'] for row in rows(tmp_path) if row['split'] == 'val']
+  assert validated == [2, 4, 6, 8]
+  before = [row for row in rows(tmp_path) if row['split'] in ('train', 'val')]
+  scores = iter([0.9] * 9)
+  run(c, tmp_path)
+  after = [row for row in rows(tmp_path) if row['split'] in ('train', 'val')]
+  assert after == before
+  splits = {row['split']: row['step'] for row in rows(tmp_path)}
+  assert splits['test'] == 8
+  assert splits['test_best'] == 4
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_stops_the_run_and_is_named(faces, tmp_path, monkeypatch):
+  real = train.build
+
+  def poisoned(c, labels):
+    experiment = real(c, labels)
+
+    def step(state, batches, key):
+      params = state.params
+      kernel = params['backbone']['layer2_0']['conv1']
+      bad = kernel['kernel'] * jax.numpy.where(state.step >= 2, np.nan, 1.0)
+      backbone = params['backbone']
+      backbone = {
+        **backbone,
+        'layer2_0': {**backbone['layer2_0'], 'conv1': {'kernel': bad}},
+      }
+      return experiment.train_step(
+        state._replace(params={**params, 'backbone': backbone}), batches, key
+      )
+
+    return experiment._replace(train_step=step)
+
+  monkeypatch.setattr(train, 'build', poisoned)
+  with pytest.raises(FloatingPointError) as caught:
+    run(config(faces), tmp_path)
+  assert str(caught.value).startswith('step 3: the gradient of backbone/')
+  assert 'not finite' in str(caught.value)
+  assert [row['step'] for row in rows(tmp_path) if row['split'] == 'train'] == [1, 2]
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest_step() == 2  # the poisoned state was not saved
+
+
+def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
+  c = config(
+    faces,
+    **{
+      'sparsity.coefficient': 'fixed',
+      'sparsity.value': 1e3,
+      'meta.inner_steps': 0,
+      'train.steps': 2,
+    },
+  )
+  with caplog.at_level(logging.WARNING, logger='msp'):
+    run(c, tmp_path)
+  messages = [record.getMessage() for record in caplog.records]
+  about = [m for m in messages if 'layer1_0/conv1 ' in m]
+  assert len(about) == 1
+  assert 'is at its survival floor (1 alive)' in about[0]
+  last = rows(tmp_path)[-1]
+  assert last['group_sparsity'] > 0.5
+  assert last['alive_groups']['layer1_0/conv1'] == 1
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_a_random_moment_goes_on_exactly(faces, tmp_path):
+  """SIGKILL in a process of its own, in the middle of the loop."""
+  root = Path(__file__).parents[1]
+  (tmp_path / 'run.py').write_text(
+    'import sys\n'
+    'from pathlib import Path\n'
+    'import conftest, test_train\n'
+    'c = test_train.config(Path(sys.argv[1]), **{"train.steps": 60})\n'
+    'test_train.run(c, Path(sys.argv[2]))\n'
+  )
+  environment = os.environ | {
+    'PYTHONPATH': os.pathsep.join((str(root), str(root / 'tests'))),
+    'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+  }
+  command = [sys.executable, tmp_path / 'run.py', faces]
+  one, other = tmp_path / 'one', tmp_path / 'other'
+  subprocess.run([*command, one], env=environment, check=True, capture_output=True)
+  with subprocess.Popen(
+    [*command, other], env=environment, stderr=subprocess.DEVNULL
+  ) as process:
+    log = other / 'metrics.jsonl'
+    while process.poll() is None:
+      if log.exists() and log.read_bytes().count(b'\n') > 20:
+        process.kill()
+        break
+      time.sleep(0.01)
+  assert process.returncode == -signal.SIGKILL
+  subprocess.run([*command, other], env=environment, check=True, capture_output=True)
+  same_run(one, other)

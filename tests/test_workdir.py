@@ -1,0 +1,92 @@
+"""The work directory: whose it is, and files that are whole or absent."""
+
+import json
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from msp import groups as gr
+from msp import workdir
+from msp.errors import UserError
+
+
+def config(**kwargs):
+  return ConfigDict({'name': 'a', 'tasks': ('x', 'y'), 'train': {'steps': 3, **kwargs}})
+
+
+def test_the_first_claim_writes_the_configuration_and_others_keep_it(tmp_path):
+  folder = tmp_path / 'runs' / 'one'
+  workdir.claim(folder, config())
+  written = (folder / 'config.json').read_bytes()
+  assert json.loads(written)['train'] == {'steps': 3}
+  workdir.claim(folder, config())
+  assert (folder / 'config.json').read_bytes() == written
+  assert [p.name for p in folder.iterdir()] == ['config.json']
+
+
+def test_another_configuration_is_refused_and_told_apart(tmp_path):
+  workdir.claim(tmp_path, config())
+  before = (tmp_path / 'config.json').read_bytes()
+  with pytest.raises(UserError) as caught:
+    workdir.claim(tmp_path, config(steps=4, rate=0.1))
+  message = str(caught.value)
+  assert 'train.steps was 3, now 4' in message
+  assert 'train.rate was absent, now 0.1' in message
+  assert 'name' not in message
+  assert '--workdir' in message
+  assert '\n' not in message
+  assert (tmp_path / 'config.json').read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match=r'cannot write to work directory .*file/run'):
+    workdir.claim(tmp_path / 'file' / 'run', config())
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+  (tmp_path / 'config.json').write_text('{"name"')
+  with pytest.raises(UserError, match=r'config\.json'):
+    workdir.claim(tmp_path, config())
+
+
+def test_an_interrupted_write_leaves_the_old_content(tmp_path):
+  path = tmp_path / 'file'
+  workdir.write(path, lambda f: f.write(b'old'))
+
+  def fail(f):
+    f.write(b'ne')
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    workdir.write(path, fail)
+  assert path.read_bytes() == b'old'
+
+
+def test_groups_are_written_by_layer(tmp_path):
+  kernel = np.ones((1, 1, 3, 2), np.float32)
+  kernel[:, :, 1] = 0
+  params = {'backbone': {'layer1_0': {'conv1': {'kernel': kernel}}}}
+  workdir.write_groups(tmp_path, gr.find(params), params)
+  assert json.loads((tmp_path / 'groups.json').read_text()) == {
+    'axis': 'in',
+    'layers': [{'name': 'layer1_0/conv1', 'total': 3, 'alive': [1, 0, 1]}],
+  }
+
+
+def test_predictions_leave_padding_out(tmp_path):
+  batch = {
+    'image': np.full((3, 2, 2, 3), 0.5, np.float32),
+    'valid': np.array([True, True, False]),
+    'x': np.array([1, 0, 1], np.int32),
+  }
+  predictions = {'x': np.array([0.25, 0.5, 0.75], np.float32)}
+  workdir.write_predictions(tmp_path, batch, predictions, {'x': ('no', 'yes')})
+  with np.load(tmp_path / 'predictions.npz') as saved:
+    assert saved['image'].shape == (2, 2, 2, 3)
+    assert saved['image'].dtype == np.uint8
+    assert saved['image'][0, 0, 0, 0] == 128
+    np.testing.assert_array_equal(saved['label/x'], [1, 0])
+    np.testing.assert_array_equal(saved['prediction/x'], [0.25, 0.5])
+    np.testing.assert_array_equal(saved['classes/x'], ['no', 'yes'])
