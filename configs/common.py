@@ -45,7 +45,7 @@ def base() -> ConfigDict:
 
   config.loss = ConfigDict()
   config.loss.combination = 'uncertainty'  # 'sum' | 'fixed' | 'uncertainty'
-  config.loss.weights = ConfigDict()  # of 'fixed', by task
+  config.loss.weights = ()  # of 'fixed', in the order of the tasks
   config.loss.resolution = 'output'  # 'output' (1/8, as published) | 'label'
   config.loss.edges = 'huber'  # 'huber' | 'balanced'
 
@@ -102,7 +102,7 @@ def camvid() -> ConfigDict:
   config.data.name = 'camvid'
   config.data.source = 'datasets/CamVid'
   config.data.image_size = (360, 480)
-  config.tasks = ('segmentation', 'edges', 'presence_pedestrian', 'presence_bicyclist')
+  config.tasks = ('segmentation', 'edges', 'presence_bicyclist', 'presence_fence')
   config.train.batch_size = 16
   config.train.steps = 12_000
   config.train.evaluate_every = 120
@@ -145,14 +145,12 @@ def tiny(config: ConfigDict) -> None:
   config.model.head_features = 32
   config.model.dropout = 0.0
   config.loss.resolution = 'label'
-  # Learned uncertainties scale the loss up as it falls, and λ loses its meaning.
-  config.loss.combination = 'sum'
-  config.optimizer[0].learning_rate = 1e-3
+  config.optimizer[0].learning_rate = 2e-3
   config.meta.episodes = 'full'
   config.meta.exact = False
-  config.sparsity.start = 0.05
-  config.sparsity.optimizer[1].learning_rate = 1e-3
-  config.train.steps = 480
+  config.sparsity.start = 0.03
+  config.sparsity.optimizer[1].learning_rate = 2e-3
+  config.train.steps = 420
   config.train.log_every = 5
   config.train.evaluate_every = 60
   config.train.patience = 0
@@ -160,7 +158,7 @@ def tiny(config: ConfigDict) -> None:
     config.data.image_size = (72, 96)
     config.train.batch_size = 16
     config.loss.edges = 'balanced'
-    config.tasks = ('segmentation', 'edges', 'presence_pedestrian')
+    config.tasks = ('segmentation', 'edges', 'presence_bicyclist')
   else:
     config.data.image_size = (48, 48)
     config.train.batch_size = 32
@@ -168,3 +166,5 @@ def tiny(config: ConfigDict) -> None:
     config.tasks = ('segmentation', 'male', 'eyeglasses')
     if config.data.procedural_images:
       config.data.procedural_images = 400
+    if config.data.hold_out:
+      config.data.hold_out = 0.25

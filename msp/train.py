@@ -90,7 +90,7 @@ def build(config: ConfigDict, labels: Mapping[str, data.Label]) -> Experiment:
     config.meta.optimizer, 'meta.optimizer', sparsity, groups, 'euclidean'
   )
   rho_optimizer = transforms.build(sparsity.optimizer, 'sparsity.optimizer')
-  combination = Combination(config.loss.combination, dict(config.loss.weights) or None)
+  combination = Combination(config.loss.combination, _weights(config))
   _check_traced(config, abstract, outer, inner)
 
   def init(key, batch):
@@ -185,13 +185,17 @@ def _check(config):
     )
 
 
+def _weights(config):
+  return dict(zip(config.tasks, config.loss.weights, strict=False))
+
+
 def _check_traced(config, params, outer, inner):
   """The mistakes that tracing the step would find, before anything is written."""
   zeros = dict.fromkeys(config.tasks, 0.0)
   losses.combine(
     zeros,
     how=config.loss.combination,
-    weights=dict(config.loss.weights),
+    weights=_weights(config),
     log_vars=zeros,
   )
   jax.eval_shape(outer.init, params)
