@@ -101,7 +101,7 @@ def central(f, x, eps):
   return (f(x + eps) - f(x - eps)) / (2 * eps)
 
 
-RHO = {'euclidean': np.log(0.05), 'adam': np.log(0.1)}
+RHO = {'euclidean': np.log(0.12), 'adam': np.log(0.1)}
 
 
 @pytest.mark.parametrize('metric', ['euclidean', 'adam'])
