@@ -158,6 +158,7 @@ def tiny(config: ConfigDict) -> None:
     config.data.image_size = (72, 96)
     config.train.batch_size = 16
     config.loss.edges = 'balanced'
+    config.sparsity.start = 0.003  # 0.03 starves the network here
     config.tasks = ('segmentation', 'edges', 'presence_bicyclist')
   else:
     config.data.image_size = (48, 48)
