@@ -313,8 +313,9 @@ def _resolve(entry, where):
   try:
     transform = factory(**entry)
   except TypeError as e:
+    takes = ', '.join(inspect.signature(factory).parameters)
     raise UserError(
-      f'{where}: {name}{inspect.signature(factory)} cannot take {entry}: {e}'
+      f'{where}: {name} cannot take {entry}: {e}; it takes {takes}'
     ) from None
   if not isinstance(transform, optax.GradientTransformation):
     raise UserError(f'{where}: {name!r} is not an optax transform')
