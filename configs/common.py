@@ -49,10 +49,10 @@ def base() -> ConfigDict:
   config.loss.resolution = 'output'  # 'output' (1/8, as published) | 'label'
   config.loss.edges = 'huber'  # 'huber' | 'balanced'
 
-  # θ⁰'s optimiser. Entries name transforms of msp.transforms or optax.
-  config.optimizer = [
-    ConfigDict(dict(name='adamw', learning_rate=1e-4, weight_decay=0.1, eps=1e-6)),
-  ]
+  # θ⁰'s optimiser. Entries name transforms of msp.transforms or optax; a
+  # learning_rate may be a schedule: dict(name='cosine_decay_schedule', …).
+  adamw = dict(name='adamw', learning_rate=1e-4, weight_decay=0.1)
+  config.optimizer = [ConfigDict(adamw | dict(eps=1e-6, eps_root=1e-16))]
 
   config.meta = ConfigDict()
   config.meta.inner_steps = 0  # K
@@ -65,18 +65,35 @@ def base() -> ConfigDict:
   config.sparsity.coefficient = 'none'  # 'none' | 'fixed' | 'learned'
   config.sparsity.value = 0.0  # λ, if fixed
   config.sparsity.start = 1e-2  # λ/λ_max at the start, if learned
-  config.sparsity.penalty = 'group_lasso'  # 'group_lasso' | 'l1'
+  config.sparsity.penalty = 'group_lasso'  # see msp.prox.PENALTIES
+  config.sparsity.penalty_options = ConfigDict()  # None: as msp.prox has it
+  config.sparsity.penalty_options.mix = config_dict.placeholder(float)  # sparse group
+  config.sparsity.penalty_options.gamma = config_dict.placeholder(float)  # MCP
+  config.sparsity.penalty_options.a = config_dict.placeholder(float)  # SCAD
   config.sparsity.axis = 'in'  # 'in' | 'out' | 'weight'
   config.sparsity.pattern = r'backbone/.*kernel'
   config.sparsity.granularity = 'scalar'  # 'scalar' | 'stage' | 'layer'
   config.sparsity.metric = 'adam'  # of the outer prox: 'adam' | 'euclidean'
   config.sparsity.min_alive = 1  # groups of each layer that survive
-  config.sparsity.hypergradient = 'forward'  # 'forward' | 'reverse'
-  config.sparsity.optimizer = [  # ρ's
+  config.sparsity.hypergradient = 'forward'  # 'online' | 'forward' | 'reverse'
+  config.sparsity.tangent_decay = 0.99  # of 'online'
+  config.sparsity.tangent_max_norm = 1.0  # of 'online', relative to the weights
+  config.sparsity.objective = 'holdout'  # 'holdout' | 'tolerance' | 'budget'
+  config.sparsity.tolerance = config_dict.placeholder(float)  # None: 1 std. error
+  config.sparsity.target = 0.5  # of 'budget': the share to remove, of
+  config.sparsity.measure = 'groups'  # 'groups' | 'weights' | 'flops'
+  # ρ's optimiser under each objective. A hypergradient has no scale of its own; the
+  # signal of a constraint has, and lies in [-1, 1].
+  bounds = dict(name='bounded', lower=-6.9, upper=0.0)
+  follow = dict(name='sgd', learning_rate=0.02)
+  config.sparsity.optimizers = ConfigDict()
+  config.sparsity.optimizers.holdout = [
     ConfigDict(dict(name='scale_by_mean_magnitude', decay=0.95, clip=3.0)),
-    ConfigDict(dict(name='sgd', learning_rate=0.02, momentum=0.9)),
-    ConfigDict(dict(name='bounded', lower=-6.9, upper=0.0)),
+    ConfigDict(follow | dict(momentum=0.9)),
+    ConfigDict(bounds),
   ]
+  config.sparsity.optimizers.tolerance = [ConfigDict(follow), ConfigDict(bounds)]
+  config.sparsity.optimizers.budget = [ConfigDict(follow), ConfigDict(bounds)]
 
   config.train = ConfigDict()
   config.train.steps = 65_600
@@ -145,11 +162,15 @@ def tiny(config: ConfigDict) -> None:
   config.model.head_features = 32
   config.model.dropout = 0.0
   config.loss.resolution = 'label'
-  config.optimizer[0].learning_rate = 2e-3
+  adamw = config.optimizer[0].to_dict()
+  adamw['learning_rate'] = ConfigDict(dict(name='cosine_decay_schedule'))
+  adamw['learning_rate'].init_value = 2e-3
+  adamw['learning_rate'].decay_steps = config.train.get_ref('steps')
+  config.optimizer = [ConfigDict(adamw)]
   config.meta.episodes = 'full'
   config.meta.exact = False
   config.sparsity.start = 0.03
-  config.sparsity.optimizer[1].learning_rate = 2e-3
+  config.sparsity.optimizers.holdout[1].learning_rate = 2e-3
   config.train.steps = 420
   config.train.log_every = 5
   config.train.evaluate_every = 60

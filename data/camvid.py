@@ -32,7 +32,7 @@ import tensorflow_datasets as tfds
 
 from data.builder import FileBuilder
 from data.errors import DataError
-from data.files import read_image, read_label, resize_label
+from data.files import read_image, read_label, read_size, resize_label
 from data.labels import Label
 
 CLASSES = (
@@ -108,7 +108,8 @@ def read(entry: Entry, image_size: tuple[int, int]) -> dict[str, object]:
     `presence` (4,) uint8 in {0, 1} in the order of `PRESENCE_CLASSES`, `name`.
 
   Raises:
-    DataError: a file is missing or unreadable, or a label is out of range.
+    DataError: a file is missing or unreadable, a label is out of range, or picture
+      and label image differ in size.
   """
   image = read_image(entry.image, image_size)
   label = read_label(entry.label)
@@ -116,6 +117,12 @@ def read(entry: Entry, image_size: tuple[int, int]) -> dict[str, object]:
     raise DataError(
       f'label image {entry.label} holds the value {label.max()}, expected'
       f' 0..{UNLABELLED}'
+    )
+  size = read_size(entry.image)
+  if size != label.shape:
+    raise DataError(
+      f'label image {entry.label} is {label.shape[1]}x{label.shape[0]}, its picture'
+      f' {entry.image} is {size[1]}x{size[0]}; replace the one that is wrong'
     )
   presence = [(label == CLASSES.index(name)).any() for name in PRESENCE_CLASSES]
   segmentation = resize_label(label, image_size)

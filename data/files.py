@@ -40,6 +40,12 @@ def read_image(path: Path, image_size: tuple[int, int]) -> np.ndarray:
     return np.asarray(image)
 
 
+def read_size(path: Path) -> tuple[int, int]:
+  """(h, w) of a picture, from its header; DataError if there is none."""
+  with _open(path) as image:
+    return image.height, image.width
+
+
 def read_label(path: Path) -> np.ndarray:
   """Reads a label image without interpreting its values.
 

@@ -14,7 +14,7 @@ PyTree = Any
 Loss = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
 
 
-def gradient(loss: Loss) -> Callable[[PyTree, PyTree], tuple]:
+def gradient(loss: Loss, *, again: bool = False) -> Callable[[PyTree, PyTree], tuple]:
   """∇L as a function whose own derivative is one Hessian-vector product.
 
   Differentiating ∇L again, JAX would transpose the whole backward pass
@@ -25,10 +25,13 @@ def gradient(loss: Loss) -> Callable[[PyTree, PyTree], tuple]:
 
   Args:
     loss: (params, batch) -> (L, shape (), and any auxiliary tree).
+    again: whether the derivative has to be differentiable too; the symmetry is
+      then left to JAX, at more time and memory.
 
   Returns:
-    (params, batch) -> (L, auxiliary tree, ∇L), differentiable once, in forward
-    and reverse mode, with respect to params. The auxiliary tree is constant.
+    (params, batch) -> (L, auxiliary tree, ∇L), differentiable once (or more, with
+    `again`), in forward and reverse mode, with respect to params. The auxiliary
+    tree is constant.
 
   Raises:
     TypeError: on differentiation with respect to anything but params.
@@ -37,6 +40,9 @@ def gradient(loss: Loss) -> Callable[[PyTree, PyTree], tuple]:
   def value_and_gradient(fn, params, *rest):
     (value, aux), grads = jax.value_and_grad(fn, has_aux=True)(params, *rest)
     return value, jax.lax.stop_gradient(aux), grads
+
+  if again:
+    return functools.partial(value_and_gradient, loss)
 
   def function(params, batch):
     # Whatever `loss` closes over has to be an argument of a linear_call.
@@ -102,6 +108,7 @@ def adapt(
   *,
   sparsity: jax.Array | float | None = None,
   unroll: bool = False,
+  again: bool = False,
 ) -> tuple[PyTree, PyTree]:
   """θ⁰ → θᴷ: one optimiser step for each of K batches.
 
@@ -124,11 +131,12 @@ def adapt(
     unroll: whether the K steps become one straight program. Right on CPU, where
       XLA runs convolutions in a loop body 6 to 100 times slower; elsewhere the
       rolled `lax.scan` compiles in time independent of K.
+    again: whether the derivative of θᴷ will itself be differentiated.
 
   Returns:
     θᴷ, and (L, auxiliary tree) of every step, with a leading axis of length K.
   """
-  value_and_gradient = gradient(loss)
+  value_and_gradient = gradient(loss, again=again)
   tx = optax.with_extra_args_support(tx)
   extra = {} if sparsity is None else {'sparsity': sparsity}
 

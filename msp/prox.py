@@ -5,6 +5,8 @@ weight), the problem its docstring states; `threshold` = step size · λ · √n
 """
 
 import functools
+import inspect
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -157,28 +159,224 @@ def _(axes, primals, tangents):
   )
 
 
+def sparse_group_lasso(
+  x: jax.Array,
+  threshold: jax.Array | float,
+  axis: int | None,
+  *,
+  l1_threshold: jax.Array | float,
+) -> jax.Array:
+  """argmin_z ½‖z − x‖² + Σ_g t_g ‖z_g‖₂ + s ‖z‖₁.
+
+  The composition of both: group_lasso(l1(x, s), t). (Friedman, Hastie & Tibshirani,
+  arXiv 1001.0736.)
+
+  Args:
+    x: kernel, shape (..., in, out), float.
+    threshold: t ≥ 0, shape () or one for each group.
+    axis: the axis that counts groups, or None for single weights.
+    l1_threshold: s ≥ 0, shape ().
+
+  Returns:
+    z, shape and dtype of x.
+  """
+  return group_lasso(l1(x, l1_threshold), threshold, axis)
+
+
+def sparse_group_lasso_weighted(
+  x: jax.Array,
+  metric: jax.Array,
+  threshold: jax.Array | float,
+  axis: int | None,
+  *,
+  l1_threshold: jax.Array | float,
+) -> jax.Array:
+  """argmin_z ½(z − x)ᵀD(z − x) + Σ_g t_g ‖z_g‖₂ + s ‖z‖₁, D = diag(metric).
+
+  The composition holds in every diagonal metric: where |x_i| > s/d_i the optimality
+  condition is that of the group lasso at x_i − s/d_i · sign x_i, elsewhere z_i = 0.
+  """
+  return group_lasso_weighted(
+    l1_weighted(x, metric, l1_threshold), metric, threshold, axis
+  )
+
+
+def group_mcp(
+  x: jax.Array,
+  threshold: jax.Array | float,
+  axis: int | None,
+  *,
+  step: jax.Array | float,
+  gamma: float,
+) -> jax.Array:
+  """argmin_z ½‖z − x‖² + Σ_g α p(‖z_g‖), p the minimax concave penalty.
+
+  p'(r) = max(w − r/γ, 0), w = t/α = λ√n_g, so with r = ‖x_g‖: z_g = 0 for r ≤ t;
+  z_g = x_g (1 − t/r)/(1 − α/γ) for r ≤ γw; z_g = x_g beyond, where groups are not
+  shrunk at all. One minimum needs γ > α. (Zhang, arXiv 1002.4734; groups: Huang,
+  Breheny & Ma, arXiv 1204.6491.)
+
+  Args:
+    x: kernel, shape (..., in, out), float.
+    threshold: t = αλ√n_g ≥ 0, shape () or one for each group.
+    axis: the axis that counts groups, or None for single weights.
+    step: α.
+    gamma: γ > α, in units of weights over gradients: groups above γλ√n_g are free.
+
+  Returns:
+    z, shape and dtype of x.
+  """
+  r = gr.expand(gr.norms(x, axis), x, axis)
+  t = gr.expand(jnp.asarray(threshold, x.dtype), x, axis)
+  scale = _shrink(r, r - t) / (1 - step / gamma)
+  return jnp.where((t > 0) & (step * r <= gamma * t), x * scale, x)
+
+
+def group_scad(
+  x: jax.Array,
+  threshold: jax.Array | float,
+  axis: int | None,
+  *,
+  step: jax.Array | float,
+  a: float,
+) -> jax.Array:
+  """argmin_z ½‖z − x‖² + Σ_g α p(‖z_g‖), p smoothly clipped absolute deviation.
+
+  p'(r) = w for r ≤ w, (a w − r)/(a − 1) for r ≤ a w, 0 beyond, w = t/α = λ√n_g. So
+  with r = ‖x_g‖ the norm of z_g is max(r − t, 0) for r ≤ w + t,
+  ((a − 1) r − a t)/(a − 1 − α) for r ≤ a w, and r beyond. One minimum needs
+  a > 1 + α. (Fan & Li 2001.)
+
+  Args:
+    x: kernel, shape (..., in, out), float.
+    threshold: t = αλ√n_g ≥ 0, shape () or one for each group.
+    axis: the axis that counts groups, or None for single weights.
+    step: α.
+    a: knot in units of w, > 1 + α.
+
+  Returns:
+    z, shape and dtype of x.
+  """
+  r = gr.expand(gr.norms(x, axis), x, axis)
+  t = gr.expand(jnp.asarray(threshold, x.dtype), x, axis)
+  middle = ((a - 1) * r - a * t) / (a - 1 - step)
+  norm = jnp.where(step * r <= t * (1 + step), r - t, middle)
+  return jnp.where((t > 0) & (step * r <= a * t), x * _shrink(r, norm), x)
+
+
+def _shrink(r, norm):
+  """max(norm, 0)/r with finite derivatives where a group dies."""
+  survives = norm > 0
+  return jnp.where(survives, norm / jnp.where(survives, r, 1), 0)
+
+
 class Penalty(NamedTuple):
-  """A penalty by its two proximal operators.
+  """A penalty R by its two proximal operators, with step α and coefficient λ.
 
   Attributes:
-    prox: (x, threshold, axis) -> z in the Euclidean metric.
-    prox_weighted: (x, metric, threshold, axis) -> z in the metric diag(metric).
-    grouped: whether the threshold carries √n_g, or each weight stands alone.
+    prox: (x, α, λ, axis) -> z in the Euclidean metric.
+    prox_weighted: (x, metric, α, λ, axis) -> z in the metric diag(metric). The
+      concave penalties are replaced by their tangent at ‖x_g‖, which lies above them
+      (local linear approximation, Zou & Li, arXiv 0808.1012): in a metric their own
+      problem has several minima wherever d < α/γ.
+    max_step: largest α for which `prox` has one minimum.
   """
 
   prox: Callable[..., jax.Array]
   prox_weighted: Callable[..., jax.Array]
-  grouped: bool
+  max_step: float = math.inf
 
 
-PENALTIES = {
-  'group_lasso': Penalty(group_lasso, group_lasso_weighted, True),
-  'l1': Penalty(l1, l1_weighted, False),
+def _root_size(x, axis):
+  return math.sqrt(gr.size(x, axis))
+
+
+def _group_lasso() -> Penalty:
+  return Penalty(
+    lambda x, step, lam, axis: group_lasso(x, step * lam * _root_size(x, axis), axis),
+    lambda x, d, step, lam, axis: group_lasso_weighted(
+      x, d, step * lam * _root_size(x, axis), axis
+    ),
+  )
+
+
+def _l1() -> Penalty:
+  return Penalty(
+    lambda x, step, lam, axis: l1(x, step * lam),
+    lambda x, d, step, lam, axis: l1_weighted(x, d, step * lam),
+  )
+
+
+def _sparse_group_lasso(mix: float = 0.5) -> Penalty:
+  if not 0 <= mix <= 1:
+    raise UserError(f'sparse_group_lasso: mix is {mix}, the share of l1; give 0 to 1')
+
+  def thresholds(x, step, lam, axis):
+    t = (1 - mix) * step * lam * _root_size(x, axis)
+    return {'threshold': t, 'axis': axis, 'l1_threshold': mix * step * lam}
+
+  return Penalty(
+    lambda x, *rest: sparse_group_lasso(x, **thresholds(x, *rest)),
+    lambda x, d, *rest: sparse_group_lasso_weighted(x, d, **thresholds(x, *rest)),
+  )
+
+
+def _concave(prox, slope, max_step) -> Penalty:
+  """A concave penalty from its prox and p'(r) as (r, w) -> slope."""
+
+  def plain(x, step, lam, axis):
+    return prox(x, step * lam * _root_size(x, axis), axis, step=step)
+
+  def weighted(x, d, step, lam, axis):
+    w = lam * _root_size(x, axis)
+    return group_lasso_weighted(x, d, step * slope(gr.norms(x, axis), w), axis)
+
+  return Penalty(plain, weighted, max_step)
+
+
+def _group_mcp(gamma: float = 30.0) -> Penalty:
+  return _concave(
+    functools.partial(group_mcp, gamma=gamma),
+    lambda r, w: jnp.maximum(w - r / gamma, 0),
+    gamma,
+  )
+
+
+def _group_scad(a: float = 30.0) -> Penalty:
+  return _concave(
+    functools.partial(group_scad, a=a),
+    lambda r, w: jnp.clip((a * w - r) / (a - 1), 0, w),
+    a - 1,
+  )
+
+
+PENALTIES: dict[str, Callable[..., Penalty]] = {
+  'group_lasso': _group_lasso,
+  'l1': _l1,
+  'sparse_group_lasso': _sparse_group_lasso,
+  'group_mcp': _group_mcp,
+  'group_scad': _group_scad,
 }
 
 
-def get_penalty(name: str) -> Penalty:
-  """Looks a penalty up by its name; UserError lists the known ones."""
+def get_penalty(name: str, **options: float) -> Penalty:
+  """Looks a penalty up by its name.
+
+  Args:
+    name: a key of `PENALTIES`.
+    options: `mix` of the sparse group lasso (share of l1, 0.5), `gamma` of MCP (30),
+      `a` of SCAD (30). The customary 3 and 3.7 are meant for standardised designs;
+      weights are larger against their gradients.
+
+  Raises:
+    UserError: unknown name or option.
+  """
   if name not in PENALTIES:
     raise UserError(f'unknown penalty {name!r}; known: {", ".join(sorted(PENALTIES))}')
-  return PENALTIES[name]
+  try:
+    return PENALTIES[name](**options)
+  except TypeError:
+    takes = ', '.join(inspect.signature(PENALTIES[name]).parameters) or 'none'
+    raise UserError(
+      f'penalty {name} cannot take {", ".join(options)}; its options: {takes}'
+    ) from None

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import data
-from msp import episodes, losses, report, transforms
+from msp import episodes, losses, objectives, report, transforms
 from msp import groups as gr
 from msp import tasks as task_module
 from msp import workdir as workdir_module
@@ -26,7 +26,9 @@ from msp.checkpoint import Checkpoints
 from msp.console import Bar, Clock, Interruption
 from msp.errors import UserError
 from msp.evaluate import evaluate, make_eval_step, make_predict
+from msp.hypergradient import MODES, zero_tangent
 from msp.models import multitask
+from msp.prox import get_penalty
 from msp.train_state import TrainState
 from msp.train_step import Combination, Step, make_train_step, task_losses
 from msp.writer import MetricWriter
@@ -47,12 +49,15 @@ class Experiment(NamedTuple):
   train_step: Step
 
 
-def build(config: ConfigDict, labels: Mapping[str, data.Label]) -> Experiment:
+def build(
+  config: ConfigDict, labels: Mapping[str, data.Label], hold_out_images: int = 1
+) -> Experiment:
   """Turns a configuration into an `Experiment`.
 
   Args:
     config: see `configs/common.py`.
     labels: of the data set, by task.
+    hold_out_images: size of the hold-out part, for standard errors over it.
 
   Returns:
     The experiment; nothing has been computed yet.
@@ -82,14 +87,30 @@ def build(config: ConfigDict, labels: Mapping[str, data.Label]) -> Experiment:
   init_model = lambda key: multitask.init(model, key, shape)
   abstract, _ = jax.eval_shape(init_model, jax.random.key(0))
   sparsity = config.sparsity
+  options = {k: v for k, v in sparsity.penalty_options.items() if v is not None}
+  penalty = get_penalty(sparsity.penalty, **options)
   groups = gr.find(abstract, sparsity.pattern, sparsity.axis, sparsity.granularity)
   has_coefficient = sparsity.coefficient != 'none'
   learned = sparsity.coefficient == 'learned'
-  outer = _optimizer(config.optimizer, 'optimizer', sparsity, groups, sparsity.metric)
-  inner = _optimizer(
-    config.meta.optimizer, 'meta.optimizer', sparsity, groups, 'euclidean'
+  objective = _objective(config, model, shape, hold_out_images)
+  # A constraint alone moves a scalar ρ; no derivative is taken then.
+  differentiated = learned and (objective.kind == 'holdout' or len(groups.names) > 1)
+  online = differentiated and sparsity.hypergradient == 'online'
+  outer = _optimizer(
+    config.optimizer, 'optimizer', penalty, sparsity, groups, sparsity.metric, online
   )
-  rho_optimizer = transforms.build(sparsity.optimizer, 'sparsity.optimizer')
+  inner = _optimizer(
+    config.meta.optimizer,
+    'meta.optimizer',
+    penalty,
+    sparsity,
+    groups,
+    'euclidean',
+    differentiated,
+  )
+  rho_optimizer = transforms.build(
+    sparsity.optimizers[objective.kind], f'sparsity.optimizers.{objective.kind}'
+  )
   combination = Combination(config.loss.combination, _weights(config))
   _check_traced(config, abstract, outer, inner)
 
@@ -113,11 +134,16 @@ def build(config: ConfigDict, labels: Mapping[str, data.Label]) -> Experiment:
       lambda_max = lambda_max[0]
     relative = sparsity.start if learned else sparsity.value / lambda_max
     rho = jnp.log(jnp.broadcast_to(relative, lambda_max.shape))
-    return state._replace(
-      rho=rho,
-      lambda_max=lambda_max,
-      rho_opt_state=rho_optimizer.init(rho) if learned else None,
-    )
+    state = state._replace(rho=rho, lambda_max=lambda_max)
+    if learned:
+      state = state._replace(rho_opt_state=rho_optimizer.init(rho))
+    if online:
+      moving = params, state.opt_state
+      state = state._replace(tangent=zero_tangent(moving, rho))
+    if learned and objective.kind == 'tolerance':
+      twin = objectives.make_twin(params, state.opt_state, batch_stats, len(tasks))
+      state = state._replace(twin=twin)
+    return state
 
   train_step = make_train_step(
     model,
@@ -130,10 +156,37 @@ def build(config: ConfigDict, labels: Mapping[str, data.Label]) -> Experiment:
     episode_draw=config.meta.episodes,
     exact=config.meta.exact,
     rho_optimizer=rho_optimizer if learned else None,
+    objective=objective,
     hypergradient=sparsity.hypergradient,
+    tangent_decay=sparsity.tangent_decay,
+    tangent_max_norm=sparsity.tangent_max_norm,
     unroll=unroll,
   )
   return Experiment(model, tasks, groups, init, train_step)
+
+
+def _uses_hold_out(config):
+  """Whether λ is learned on data of its own: always, but for a plain budget."""
+  sparsity = config.sparsity
+  plain = sparsity.objective == 'budget' and sparsity.granularity == 'scalar'
+  return sparsity.coefficient == 'learned' and not plain
+
+
+def _objective(config, model, shape, hold_out_images):
+  """What λ is for."""
+  sparsity = config.sparsity
+  share = config.train.batch_size // (2 if config.meta.inner_steps else 1)
+  by_flops = sparsity.objective == 'budget' and sparsity.measure == 'flops'
+  objective = objectives.Objective(
+    kind=sparsity.objective,
+    target=sparsity.target,
+    measure=sparsity.measure,
+    positions=multitask.positions(model, shape) if by_flops else None,
+    tolerance=sparsity.tolerance,
+    hold_out_batches=max(hold_out_images / max(share, 1), 1.0),
+  )
+  objectives.check(objective)
+  return objective
 
 
 def _check(config):
@@ -141,7 +194,7 @@ def _check(config):
   choices = {
     'sparsity.coefficient': ('none', 'fixed', 'learned'),
     'sparsity.metric': ('adam', 'euclidean'),
-    'sparsity.hypergradient': ('forward', 'reverse'),
+    'sparsity.hypergradient': MODES,
     'meta.unroll': ('auto', 'yes', 'no'),
   }
   for field, known in choices.items():
@@ -168,17 +221,23 @@ def _check(config):
     )
   if sparsity.coefficient != 'learned':
     return
-  if inner_steps == 0:
+  online = sparsity.hypergradient == 'online'
+  constrained = sparsity.objective != 'holdout' and sparsity.granularity == 'scalar'
+  if inner_steps == 0 and not online and not constrained:
     raise UserError(
-      'sparsity.coefficient=learned needs meta.inner_steps of at least 1: without '
-      'inner steps the hold-out loss does not depend on λ. Set '
-      'meta.inner_steps, or sparsity.coefficient=fixed with sparsity.value'
+      f'sparsity.hypergradient={sparsity.hypergradient} needs meta.inner_steps of at '
+      f'least 1: without inner steps it does not see λ. Set meta.inner_steps, or '
+      f'sparsity.hypergradient=online, or sparsity.coefficient=fixed'
+    )
+  if online and not 0 < sparsity.tangent_decay <= 1:
+    raise UserError(
+      f'sparsity.tangent_decay is {sparsity.tangent_decay}; it has to be in (0, 1]'
     )
   if not 0 < sparsity.start <= 1:
     raise UserError(
       f'sparsity.start is {sparsity.start}; λ/λ_max has to start in (0, 1]'
     )
-  if not 0 < config.data.hold_out < 1:
+  if _uses_hold_out(config) and not 0 < config.data.hold_out < 1:
     raise UserError(
       f'data.hold_out is {config.data.hold_out}; a learned λ needs a part of train '
       f'of its own, a share in (0, 1)'
@@ -204,9 +263,9 @@ def _check_traced(config, params, outer, inner):
     episodes.draw(jax.random.key(0), len(config.tasks), config.meta.episodes)
 
 
-def _optimizer(entries, where, sparsity, groups, metric):
+def _optimizer(entries, where, penalty, sparsity, groups, metric, differentiated):
   """The chain that `entries` name, with the prox last if there is a λ."""
-  chain = transforms.build(entries, where)
+  chain = transforms.build(entries, where, differentiated=differentiated)
   if sparsity.coefficient == 'none':
     return optax.with_extra_args_support(chain)
   steps = [entry for entry in entries if 'learning_rate' in entry]
@@ -215,16 +274,17 @@ def _optimizer(entries, where, sparsity, groups, metric):
       f'{where}: no entry has a learning_rate, which the prox needs as its step size'
     )
   step = steps[-1]
+  learning_rate = transforms.step_size(step.learning_rate, where)
   if metric == 'euclidean':
     proximal = transforms.proximal(
-      sparsity.penalty, groups, step.learning_rate, min_alive=sparsity.min_alive
+      penalty, groups, learning_rate, min_alive=sparsity.min_alive
     )
     return optax.chain(chain, proximal)
   return transforms.adaptive_proximal(
     chain,
-    sparsity.penalty,
+    penalty,
     groups,
-    step.learning_rate,
+    learning_rate,
     min_alive=sparsity.min_alive,
     **{name: step[name] for name in ('b2', 'eps', 'eps_root') if name in step},
   )
@@ -330,6 +390,7 @@ def train(
     UserError, data.DataError: see their messages.
     FloatingPointError: a loss or gradient is not finite; names step and layer.
   """
+  workdir_module.check(workdir, config)
   run = _open(config, devices, skip_corrupt=skip_corrupt)
   workdir_module.claim(workdir, config)
   logger.info('work directory: %s', workdir)
@@ -429,11 +490,10 @@ class Run(NamedTuple):
       process_count=jax.process_count(),
     )
     hold_out = None
-    if c.sparsity.coefficient == 'learned':
+    if _uses_hold_out(c):
       # As many hold-out images as query images.
-      hold_out = stream(
-        self.splits.hold_out, batch_size=c.train.batch_size // 2, seed=c.seed + 1
-      )
+      share = c.train.batch_size // (2 if c.meta.inner_steps else 1)
+      hold_out = stream(self.splits.hold_out, batch_size=share, seed=c.seed + 1)
     return Feed(
       stream(self.splits.train, batch_size=c.train.batch_size, seed=c.seed),
       hold_out,
@@ -494,7 +554,8 @@ def _open(config, devices, *, skip_corrupt=False) -> Run:
   mesh = jax.make_mesh(
     (len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices
   )
-  experiment = build(config, data.labels(config.data.name))
+  labels = data.labels(config.data.name)
+  build(config, labels)  # tells what is wrong with the configuration
   _check_batch(config, len(devices))
   prepare(config, skip_corrupt=skip_corrupt)
   splits = data.open(
@@ -503,14 +564,15 @@ def _open(config, devices, *, skip_corrupt=False) -> Run:
     tuple(config.data.image_size),
     config.data.hold_out,
   )
-  return Run(config, experiment, splits, mesh)
+  hold_out_images = 1 if splits.hold_out is None else len(splits.hold_out)
+  return Run(config, build(config, labels, hold_out_images), splits, mesh)
 
 
 def _check_batch(config, devices):
   size, parts = config.train.batch_size, ['query']
   if config.meta.inner_steps:
     parts.insert(0, 'support')
-  if config.sparsity.coefficient == 'learned':
+  if _uses_hold_out(config):
     parts.append('hold-out')
   share = size // 2 if config.meta.inner_steps else size
   if share < 1 or size % (2 if config.meta.inner_steps else 1) or share % devices:
@@ -530,6 +592,7 @@ def _loop(run, state, progress, feed, checkpoints, writer):
   eval_step = run.eval_step()
   key = jax.random.key(config.seed + 1)
   start = int(state.step)
+  images = len(run.splits.train)
   clock = Clock(start)
   monitor = Monitor(config.sparsity.min_alive, groups, state.params)
   logger.info('compiling the training step (the first one takes a while)')
@@ -538,7 +601,8 @@ def _loop(run, state, progress, feed, checkpoints, writer):
     monitor.check(step, metrics)
     bar.advance(step, metrics)
     if step % c.log_every == 0:
-      row = {'split': 'train', 'step': step, **flatten(metrics, groups.names)}
+      row = {'split': 'train', 'step': step, 'epoch': step * c.batch_size / images}
+      row |= flatten(metrics, groups.names)
       writer.write({**row, 'step_time': clock.per_step(step)})
 
   pending = None
@@ -627,7 +691,7 @@ class Monitor:
         f'step {step}: the gradient of {self._leaves[leaf]} is not finite '
         f'(loss {float(metrics["loss"])})'
       )
-    for name in ('loss', 'hold_out_loss', 'hypergradient'):
+    for name in ('loss', 'hold_out_loss', 'hypergradient', 'violation'):
       value = np.asarray(metrics.get(name, 0.0))
       if not np.isfinite(value).all():
         raise FloatingPointError(f'step {step}: {name} is {value}')

@@ -20,6 +20,10 @@ class TrainState(NamedTuple):
     rho: ρ, shape () or (entries,), float32; None without a coefficient.
     lambda_max: λ_max at θ's first values, shape of ρ; None without a coefficient.
     rho_opt_state: state of ρ's optimiser; None unless λ is learned.
+    tangent: d(θ⁰, opt_state)/dρ, see `msp.hypergradient.zero_tangent`; None unless
+      the hypergradient is 'online'.
+    twin: the dense reference of the objective 'tolerance', see `msp.objectives`;
+      None for the others.
   """
 
   step: jax.Array
@@ -29,6 +33,8 @@ class TrainState(NamedTuple):
   rho: jax.Array | None = None
   lambda_max: jax.Array | None = None
   rho_opt_state: PyTree = None
+  tangent: PyTree = None
+  twin: PyTree = None
 
 
 def coefficient(

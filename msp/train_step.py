@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from msp import episodes, losses
+from msp import episodes, losses, objectives
 from msp import groups as gr
 from msp.adaptation import adapt
-from msp.hypergradient import meta_gradients
+from msp.hypergradient import meta_gradients, online
 from msp.models import multitask
 from msp.tasks import Task
 from msp.train_state import TrainState, coefficient
@@ -96,7 +96,10 @@ def make_train_step(
   episode_draw: str = 'full',
   exact: bool = True,
   rho_optimizer: optax.GradientTransformation | None = None,
+  objective: objectives.Objective = objectives.HOLDOUT,
   hypergradient: str = 'forward',
+  tangent_decay: float = 0.99,
+  tangent_max_norm: float = 1.0,
   unroll: bool = False,
 ) -> Step:
   """Builds the pure function (state, batches, key) -> (state, metrics).
@@ -121,17 +124,27 @@ def make_train_step(
     episode_draw: 'full', 'all' or a number; see `msp.episodes.draw`.
     exact: whether g_θ runs through the inner steps or stops at θᴷ.
     rho_optimizer: of ρ; None keeps ρ as it is.
-    hypergradient: 'forward' | 'reverse'.
+    objective: what ρ is learned for. With 'tolerance' and 'budget' a scalar ρ
+      needs no hypergradient, and none is computed.
+    hypergradient: 'online' | 'forward' | 'reverse'; see `msp.hypergradient`. Only
+      'online' learns λ without inner steps; it needs `state.tangent`.
+    tangent_decay: γ of 'online'.
+    tangent_max_norm: bound of the tangent of 'online'.
     unroll: inner steps and episodes as one straight program (CPU) or as loops.
 
   Returns:
     The step. `batches` has 'query', with K > 0 'support', with a rho_optimizer
     'hold_out'. Metrics are scalars but for 'alive', shape (layers,), int32, and
-    'lambda', 'lambda_relative' (λ/λ_max) and 'hypergradient', of ρ's shape;
+    'lambda', 'lambda_relative' (λ/λ_max) and 'hypergradient', of ρ's shape.
+    'violation' is what drives ρ under a constraint (> 0: λ too large), 'gap/<task>'
+    and 'gap_allowed/<task>' the hold-out loss against the twin's and its bound;
     'nonfinite' is the position of the first gradient leaf with a NaN or infinity,
     −1 if there is none.
   """
   names = tuple(tasks)
+  learned = rho_optimizer is not None
+  differentiates = learned and (objective.kind == 'holdout' or len(groups.names) > 1)
+  learns_online = differentiates and hypergradient == 'online'
 
   def loss(params, batch_and_key, batch_stats, present):
     batch, key = batch_and_key
@@ -160,10 +173,12 @@ def make_train_step(
         inner,
         sparsity=coefficient(rho, state.lambda_max),
         unroll=unroll,
+        # The exact gradient holds a derivative already, which `online` takes again.
+        again=exact and learns_online,
       )
 
     hold_out = None
-    if rho_optimizer is not None:
+    if differentiates or (learned and objective.kind == 'tolerance'):
       hold_out = lambda params: at(params, (batches['hold_out'], keys[-2]))
     gradients = meta_gradients(
       inner_loop,
@@ -172,7 +187,7 @@ def make_train_step(
       state.params,
       state.rho,
       exact=exact and inner_steps > 0,
-      mode=hypergradient,
+      mode=hypergradient if differentiates else None,
     )
     query_loss, (values, query_stats) = gradients.query
     if inner_steps:
@@ -188,8 +203,13 @@ def make_train_step(
       'present': {name: jnp.float32(present[name]) for name in names},
     }
     if hold_out is not None:
-      sums['rho'] = gradients.rho
-      sums['hold_out_loss'] = gradients.hold_out[0]
+      hold_out_loss, (hold_out_values, _) = gradients.hold_out
+      sums['hold_out_loss'] = hold_out_loss
+      sums['hold_out_task'] = {
+        name: hold_out_values.get(name, 0.0) * present[name] for name in names
+      }
+      if gradients.rho is not None:
+        sums['rho'] = gradients.rho
     return sums, stats, present
 
   def run_episodes(state, batches, key, rows):
@@ -213,12 +233,18 @@ def make_train_step(
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
       carry, _ = jax.lax.scan(body, (zeros, state.batch_stats), (keys, rows))
     total, stats = carry
-    task_sums, seen = total.pop('task'), total.pop('present')
+    seen = total.pop('present')
+    tasks_sums = {
+      key: total.pop(key) for key in ('task', 'hold_out_task') if key in total
+    }
     means = jax.tree.map(lambda x: x / count, total)
-    means['task'] = {
+    means |= {
       # A task that no episode held has no loss this step.
-      name: jnp.where(seen[name] > 0, task_sums[name] / seen[name], jnp.nan)
-      for name in names
+      key: {
+        name: jnp.where(seen[name] > 0, value / seen[name], jnp.nan)
+        for name, value in task_sums.items()
+      }
+      for key, task_sums in tasks_sums.items()
     }
     return means, stats, {name: seen[name] > 0 for name in names}
 
@@ -226,24 +252,63 @@ def make_train_step(
     key_draw, key_run = jax.random.split(key)
     draw = episode_draw if inner_steps else 'full'
     rows = episodes.draw(key_draw, len(names), draw)
-    means, stats, seen = run_episodes(state, batches, key_run, rows)
+
+    def outer_step(params_and_opt_state, rho, batch_stats=state.batch_stats):
+      params, opt_state = params_and_opt_state
+      means, stats, seen = run_episodes(
+        state._replace(params=params, rho=rho, batch_stats=batch_stats),
+        batches,
+        key_run,
+        rows,
+      )
+      sparsity = coefficient(rho, state.lambda_max)
+      extra = {} if sparsity is None else {'sparsity': sparsity}
+      updates, new_opt_state = outer.update(means['params'], opt_state, params, **extra)
+      new = optax.apply_updates(params, updates), new_opt_state
+      if isinstance(rows, jax.Array):
+        new = _keep_absent(seen, new, (params, opt_state))
+      return new, means.get('hold_out_loss'), (means, stats)
+
+    old = state.params, state.opt_state
+    tangent, twin = state.tangent, state.twin
+    if learns_online:
+      (params, opt_state), _, (means, stats), rho_gradient, tangent = online(
+        outer_step,
+        old,
+        state.rho,
+        tangent,
+        decay=tangent_decay,
+        max_norm=tangent_max_norm,
+      )
+    else:
+      (params, opt_state), _, (means, stats) = outer_step(old, state.rho)
+      rho_gradient = means.get('rho')
 
     sparsity = coefficient(state.rho, state.lambda_max)
-    extra = {} if sparsity is None else {'sparsity': sparsity}
-    updates, opt_state = outer.update(
-      means['params'], state.opt_state, state.params, **extra
-    )
-    params = optax.apply_updates(state.params, updates)
-    if isinstance(rows, jax.Array):
-      params, opt_state = _keep_absent(
-        seen, (params, opt_state), (state.params, state.opt_state)
-      )
-
     rho, rho_opt_state = state.rho, state.rho_opt_state
-    if rho_optimizer is not None:
-      rho_updates, rho_opt_state = rho_optimizer.update(
-        means['rho'], rho_opt_state, rho
+    violation = None
+    if learned and objective.kind == 'tolerance':
+      (twin_params, twin_opt_state), _, (twin_means, twin_stats) = outer_step(
+        (twin.params, twin.opt_state),
+        jnp.full_like(rho, -jnp.inf),  # λ = 0
+        twin.batch_stats,
       )
+      twin = objectives.compare(
+        twin._replace(
+          params=twin_params, opt_state=twin_opt_state, batch_stats=twin_stats
+        ),
+        means['hold_out_task'],
+        twin_means['hold_out_task'],
+        objective.decay,
+      )
+      violation = objectives.tolerance_violation(objective, twin)
+    elif learned and objective.kind == 'budget':
+      violation = objectives.budget_violation(objective, groups, params)
+    if learned:
+      direction = rho_gradient
+      if violation is not None:
+        direction = objectives.signal(violation, rho, rho_gradient)
+      rho_updates, rho_opt_state = rho_optimizer.update(direction, rho_opt_state, rho)
       rho = optax.apply_updates(rho, rho_updates)
 
     counted = gr.sparsity(groups, params)
@@ -261,13 +326,26 @@ def make_train_step(
     }
     if sparsity is not None:
       metrics |= {'lambda': sparsity, 'lambda_relative': jnp.exp(state.rho)}
-    if rho_optimizer is not None:
-      metrics |= {
-        'hypergradient': means['rho'],
-        'hold_out_loss': means['hold_out_loss'],
-      }
+    if differentiates:
+      metrics['hypergradient'] = rho_gradient
+    if 'hold_out_loss' in means:
+      metrics['hold_out_loss'] = means['hold_out_loss']
+    if violation is not None:
+      metrics['violation'] = violation
+    if twin is not None:
+      limits = objectives.allowed(objective, twin)
+      for name, gap, limit in zip(names, twin.gap, limits, strict=True):
+        metrics |= {f'gap/{name}': gap, f'gap_allowed/{name}': limit}
     new_state = TrainState(
-      state.step + 1, params, stats, opt_state, rho, state.lambda_max, rho_opt_state
+      state.step + 1,
+      params,
+      stats,
+      opt_state,
+      rho,
+      state.lambda_max,
+      rho_opt_state,
+      tangent,
+      twin,
     )
     return new_state, metrics
 

@@ -20,7 +20,7 @@ import optax
 
 from msp import groups as gr
 from msp.errors import UserError
-from msp.prox import get_penalty
+from msp.prox import Penalty, get_penalty
 
 # The survival floor: root mean square of a protected group's weights.
 FLOOR_RMS = 1e-3
@@ -42,7 +42,7 @@ class AdaptiveProximalState(NamedTuple):
 
 
 def proximal(
-  penalty: str,
+  penalty: str | Penalty,
   groups: gr.Groups,
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -55,7 +55,8 @@ def proximal(
   on the proximal point. It fits optimisers whose step is −α · gradient (SGD).
 
   Args:
-    penalty: 'group_lasso' | 'l1'.
+    penalty: a name of `msp.prox.PENALTIES`, or `msp.prox.get_penalty` of one with
+      its options.
     groups: which leaves, and along which axis; all others pass through.
     learning_rate: α, the step size of the optimiser before it, or a schedule.
     min_alive: the strongest `min_alive` groups of each layer are shrunk, but
@@ -64,8 +65,13 @@ def proximal(
   Returns:
     A transform whose `update` needs `params` and the keyword `sparsity`: λ,
     shape () or (len(groups.names),), through which it is differentiable.
+
+  Raises:
+    UserError: unknown penalty; a step that is too large for a concave one (a
+      schedule is looked at in steps 0, 1, 10, …, 10⁶).
   """
-  kind = get_penalty(penalty)
+  kind = get_penalty(penalty) if isinstance(penalty, str) else penalty
+  _check_step(kind, learning_rate)
   axis = groups.array_axis
 
   def init(params):
@@ -78,13 +84,11 @@ def proximal(
       raise ValueError(_NO_PARAMS)
     step = _step_size(learning_rate, state.count)
 
-    def prox(layer, x, threshold):
+    def prox(layer, x, lam):
       del layer
-      return kind.prox(x, threshold, axis)
+      return kind.prox(x, step, lam, axis)
 
-    updates = _proximal_updates(
-      prox, kind, groups, params, updates, step, sparsity, min_alive
-    )
+    updates = _proximal_updates(prox, groups, params, updates, sparsity, min_alive)
     return updates, ProximalState(optax.safe_increment(state.count))
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -92,7 +96,7 @@ def proximal(
 
 def adaptive_proximal(
   inner: optax.GradientTransformation,
-  penalty: str,
+  penalty: str | Penalty,
   groups: gr.Groups,
   learning_rate: optax.ScalarOrSchedule,
   *,
@@ -110,7 +114,7 @@ def adaptive_proximal(
 
   Args:
     inner: an optax transform whose state holds one second moment `nu`.
-    penalty: 'group_lasso' | 'l1'.
+    penalty: see `proximal`.
     groups: which leaves, and along which axis.
     learning_rate: α of `inner`, or a schedule.
     b2: decay of the second moment; as given to `inner`.
@@ -125,7 +129,7 @@ def adaptive_proximal(
   Raises:
     UserError: on `init`, if `inner` keeps no second moment, or several.
   """
-  kind = get_penalty(penalty)
+  kind = get_penalty(penalty) if isinstance(penalty, str) else penalty
   axis = groups.array_axis
   inner = optax.with_extra_args_support(inner)
 
@@ -146,16 +150,14 @@ def adaptive_proximal(
     count = moment.count if 'count' in moment._fields else None
     second = gr.select(groups, moment.nu)
 
-    def prox(layer, x, threshold):
+    def prox(layer, x, lam):
       nu = second[layer]
       if count is not None:
         nu = nu / (1 - jnp.asarray(b2, nu.dtype) ** count)
       metric = jnp.sqrt(nu + eps_root) + eps
-      return kind.prox_weighted(x, metric, threshold, axis)
+      return kind.prox_weighted(x, metric, step, lam, axis)
 
-    updates = _proximal_updates(
-      prox, kind, groups, params, updates, step, sparsity, min_alive
-    )
+    updates = _proximal_updates(prox, groups, params, updates, sparsity, min_alive)
     return updates, AdaptiveProximalState(
       optax.safe_increment(state.count), inner_state
     )
@@ -167,7 +169,21 @@ def _step_size(learning_rate, count):
   return learning_rate(count) if callable(learning_rate) else learning_rate
 
 
-def _proximal_updates(prox, kind, groups, params, updates, step, sparsity, min_alive):
+def _check_step(penalty, learning_rate):
+  steps = [learning_rate]
+  if callable(learning_rate):
+    steps = [learning_rate(count) for count in (0, *(10**n for n in range(7)))]
+  if isinstance(learning_rate, jax.core.Tracer):  # inject_hyperparams
+    return
+  largest = max(float(step) for step in steps)
+  if largest >= penalty.max_step:
+    raise UserError(
+      f'the penalty is too concave for a step of {largest}: its prox has one minimum '
+      f'for steps below {penalty.max_step} (gamma of MCP, a - 1 of SCAD)'
+    )
+
+
+def _proximal_updates(prox, groups, params, updates, sparsity, min_alive):
   """prox(p + u) − p on the grouped leaves, u on all others."""
   axis = groups.array_axis
   coefficients = gr.coefficients(groups, sparsity)
@@ -176,10 +192,7 @@ def _proximal_updates(prox, kind, groups, params, updates, step, sparsity, min_a
   # Inside `masked` or `partition` only some of the layers are there.
   for layer, p in gr.select(groups, params).items():
     x = p + incoming[layer]
-    threshold = step * coefficients[layer]
-    if kind.grouped:
-      threshold *= math.sqrt(gr.size(x, axis))
-    z = _protect(x, prox(layer, x, threshold), axis, min_alive)
+    z = _protect(x, prox(layer, x, coefficients[layer]), axis, min_alive)
     outgoing[layer] = (z - p).astype(incoming[layer].dtype)
   return gr.replace(updates, outgoing)
 
@@ -280,25 +293,56 @@ def bounded(lower: float, upper: float) -> optax.GradientTransformation:
 
 
 def build(
-  entries: Sequence[Mapping[str, Any]], where: str
+  entries: Sequence[Mapping[str, Any]], where: str, *, differentiated: bool = False
 ) -> optax.GradientTransformationExtraArgs:
   """Chains the transforms a configuration names.
 
   Args:
     entries: mappings with a `name`, looked up here and then in optax (dotted
-      names such as 'contrib.prodigy' too); the other items are its arguments.
+      names such as 'contrib.prodigy' too); the other items are its arguments. A
+      learning_rate that is a mapping names a schedule in the same way.
     where: the configuration field, for messages.
+    differentiated: whether a hypergradient runs through the updates.
 
   Returns:
     `optax.chain` of them.
 
   Raises:
-    UserError: unknown name, or arguments it does not take.
+    UserError: unknown name, or arguments it does not take; differentiated without
+      eps_root.
   """
-  return optax.chain(*(_resolve(dict(entry), where) for entry in entries))
+  return optax.chain(
+    *(_resolve(dict(entry), where, differentiated) for entry in entries)
+  )
 
 
-def _resolve(entry, where):
+def step_size(learning_rate: Any, where: str) -> optax.ScalarOrSchedule:
+  """A number as it is; a mapping (name='cosine_decay_schedule', …) as a schedule.
+
+  Raises:
+    UserError: unknown schedule, or arguments it does not take.
+  """
+  if not hasattr(learning_rate, 'items'):  # a ConfigDict is no Mapping
+    return learning_rate
+  entry = dict(learning_rate)
+  name = entry.pop('name', None)
+  factory = getattr(optax.schedules, str(name), None)
+  if not callable(factory):
+    raise UserError(f'{where}: unknown schedule {name!r}; known: those of optax')
+  return _call(factory, name, entry, where)
+
+
+def _call(factory, name, arguments, where):
+  try:
+    return factory(**arguments)
+  except TypeError as e:
+    takes = ', '.join(inspect.signature(factory).parameters)
+    raise UserError(
+      f'{where}: {name} cannot take {arguments}: {e}; it takes {takes}'
+    ) from None
+
+
+def _resolve(entry, where, differentiated):
   name = entry.pop('name', None)
   factory: Any = _OWN.get(name)
   if factory is None and isinstance(name, str):
@@ -310,15 +354,17 @@ def _resolve(entry, where):
       f'{where}: unknown transform {name!r}; known are the functions of optax '
       f'and {", ".join(_OWN)}'
     )
-  try:
-    transform = factory(**entry)
-  except TypeError as e:
-    takes = ', '.join(inspect.signature(factory).parameters)
-    raise UserError(
-      f'{where}: {name} cannot take {entry}: {e}; it takes {takes}'
-    ) from None
+  if 'learning_rate' in entry:
+    entry['learning_rate'] = step_size(entry['learning_rate'], where)
+  transform = _call(factory, name, entry, where)
   if not isinstance(transform, optax.GradientTransformation):
     raise UserError(f'{where}: {name!r} is not an optax transform')
+  takes_root = 'eps_root' in inspect.signature(factory).parameters
+  if differentiated and takes_root and not entry.get('eps_root'):
+    raise UserError(
+      f'{where}: the hypergradient runs through {name}, whose derivative is infinite '
+      f'where a gradient is 0; give it an eps_root above 0, such as 1e-16'
+    )
   return transform
 
 

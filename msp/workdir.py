@@ -14,6 +14,38 @@ from msp import groups as gr
 from msp.errors import UserError
 
 
+def check(workdir: Path, config: ConfigDict) -> None:
+  """Whether `claim` would succeed; writes nothing.
+
+  Raises:
+    UserError: the directory cannot be written to, or belongs to another
+      configuration.
+  """
+  existing = workdir
+  while not existing.exists() and existing != existing.parent:
+    existing = existing.parent
+  if not existing.is_dir() or not os.access(existing, os.W_OK):
+    reason = 'Permission denied' if existing.is_dir() else 'Not a directory'
+    raise _unwritable(workdir, f'{existing}: {reason}')
+  path = workdir / 'config.json'
+  if not path.exists():
+    return
+  try:
+    own = json.loads(path.read_text())
+  except (OSError, ValueError) as e:
+    raise UserError(
+      f'cannot read {path}: {e}; choose another directory with --workdir, or '
+      f'remove this one'
+    ) from None
+  differ = list(_differences(own, _resolved(config)))
+  if differ:
+    raise UserError(
+      f'work directory {workdir} belongs to another configuration: '
+      f'{"; ".join(differ[:5])}{"; …" if len(differ) > 5 else ""}. Choose another '
+      f'directory with --workdir, or remove this one'
+    )
+
+
 def claim(workdir: Path, config: ConfigDict) -> None:
   """Creates the directory for this configuration, or checks that it is its own.
 
@@ -22,36 +54,28 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     config: the resolved configuration.
 
   Raises:
-    UserError: it cannot be written to, or belongs to another configuration.
+    UserError: see `check`.
   """
-  resolved = json.loads(config.to_json_best_effort())
+  check(workdir, config)
   path = workdir / 'config.json'
+  content = json.dumps(_resolved(config), indent=2).encode()
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if not os.access(workdir, os.W_OK):
-      raise PermissionError(13, 'Permission denied')
     if not path.exists():
-      write(path, lambda f: f.write(json.dumps(resolved, indent=2).encode()))
-      return
+      write(path, lambda f: f.write(content))
   except OSError as e:
-    raise UserError(
-      f'cannot write to work directory {workdir}: {e.strerror}; choose another '
-      f'one with --workdir'
-    ) from None
-  try:
-    own = json.loads(path.read_text())
-  except (OSError, ValueError) as e:
-    raise UserError(
-      f'cannot read {path}: {e}; choose another directory with --workdir, or '
-      f'remove this one'
-    ) from None
-  differ = list(_differences(own, resolved))
-  if differ:
-    raise UserError(
-      f'work directory {workdir} belongs to another configuration: '
-      f'{"; ".join(differ[:5])}{"; …" if len(differ) > 5 else ""}. Choose another '
-      f'directory with --workdir, or remove this one'
-    )
+    raise _unwritable(workdir, e.strerror) from None
+
+
+def _resolved(config):
+  return json.loads(config.to_json_best_effort())
+
+
+def _unwritable(workdir, reason):
+  return UserError(
+    f'cannot write to work directory {workdir}: {reason}; choose another one with '
+    f'--workdir'
+  )
 
 
 def _differences(old: Any, new: Any, prefix: str = '') -> Iterator[str]:

@@ -111,6 +111,12 @@ def test_label_out_of_range(source):
     camvid.read(first(source), (6, 8))
 
 
+def test_picture_and_label_of_different_size(source):
+  Image.fromarray(np.zeros((6, 9), np.uint8)).save(first(source).label)
+  with pytest.raises(DataError, match=r'label image .* is 9x6, its picture .* is 8x6'):
+    camvid.read(first(source), (6, 8))
+
+
 def test_colour_coded_label(source):
   Image.new('RGB', (8, 6)).save(first(source).label)
   with pytest.raises(DataError, match='mode RGB, expected one 8-bit channel'):

@@ -8,6 +8,7 @@ import scipy.optimize
 from jax.test_util import check_grads
 
 from msp import prox
+from msp.errors import UserError
 
 AXES = {'in': -2, 'out': -1, 'weight': None}
 
@@ -170,3 +171,155 @@ def test_zero_group_at_zero_coefficient_is_free():
     lambda x: prox.l1(x, 0.0),
   ):
     np.testing.assert_array_equal(jax.jvp(f, (x,), (x + 1,))[1], x + 1)
+
+
+def minimise_mixed(x, metric, t, s):
+  """argmin_z ½(z − x)ᵀD(z − x) + t‖z‖ + s‖z‖₁ with z = u − v, u, v ≥ 0, numerically."""
+  n = x.size
+
+  def objective(uv):
+    u, v = uv[:n], uv[n:]
+    z = u - v
+    norm = np.linalg.norm(z)
+    value = 0.5 * np.sum(metric * (z - x) ** 2) + t * norm + s * np.sum(uv)
+    slope = metric * (z - x) + t * z / max(norm, 1e-300)
+    return value, np.concatenate([slope + s, -slope + s])
+
+  start = np.concatenate([np.maximum(x, 0), np.maximum(-x, 0)]) + 1e-3
+  found = scipy.optimize.minimize(
+    objective,
+    start,
+    jac=True,
+    method='L-BFGS-B',
+    bounds=[(0, None)] * (2 * n),
+    options={'maxiter': 20_000, 'maxfun': 200_000, 'ftol': 1e-16, 'gtol': 1e-11},
+  )
+  z = found.x[:n] - found.x[n:]
+  at_zero = 0.5 * np.sum(metric * x**2)
+  return np.zeros(n) if at_zero <= found.fun else z
+
+
+@pytest.mark.parametrize('threshold', [0.05, 0.4])
+def test_sparse_group_lasso_minimises_its_objective(threshold):
+  rng = np.random.default_rng(0)
+  x, metric = rng.normal(size=(4, 6)), 10 ** rng.uniform(-1, 0.5, size=(4, 6))
+  x[1] *= 0.05
+  for d, z in (
+    (np.ones_like(x), prox.sparse_group_lasso(x, threshold, 0, l1_threshold=0.2)),
+    (
+      metric,
+      prox.sparse_group_lasso_weighted(x, metric, threshold, 0, l1_threshold=0.2),
+    ),
+  ):
+    assert np.sum(np.all(z == 0, axis=1)) >= 1
+    assert np.sum(np.any(z == 0, axis=1) & np.any(z != 0, axis=1)) >= 1
+    for got, row, weight in zip(z, x, d, strict=True):
+      want = minimise_mixed(row, weight, threshold, 0.2)
+      np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def mcp(r, w, gamma):
+  return np.where(r <= gamma * w, w * r - r**2 / (2 * gamma), gamma * w**2 / 2)
+
+
+def scad(r, w, a):
+  middle = (2 * a * w * r - r**2 - w**2) / (2 * (a - 1))
+  return np.where(r <= w, w * r, np.where(r <= a * w, middle, w**2 * (a + 1) / 2))
+
+
+CONCAVE = {'group_mcp': (mcp, 'gamma'), 'group_scad': (scad, 'a')}
+
+
+@pytest.mark.parametrize('name', CONCAVE)
+@pytest.mark.parametrize('step', [0.1, 0.9])
+def test_concave_penalties_minimise_their_objective(name, step):
+  penalty, option = CONCAVE[name]
+  kind = prox.get_penalty(name, **{option: 2.5})
+  rng = np.random.default_rng(1)
+  # From dead groups through every branch to groups that are free.
+  x = rng.normal(size=(40, 4)) * np.geomspace(1e-3, 5, 40)[:, None]
+  lam = 0.4
+  w = lam * np.sqrt(4)
+  z = np.array(kind.prox(x, step, lam, 0))
+  dead = free = 0
+  for got, row in zip(z, x, strict=True):
+    size = np.linalg.norm(row)
+    objective = lambda r, size=size: 0.5 * (r - size) ** 2 + step * penalty(r, w, 2.5)
+    grid = np.linspace(0, 1.2 * size, 4001)
+    near = grid[np.argmin(objective(grid))]
+    best = scipy.optimize.minimize_scalar(
+      objective,
+      bounds=(max(near - grid[1], 0), near + grid[1]),
+      method='bounded',
+      options={'xatol': 1e-12},
+    ).x
+    # A rotation leaves the penalty as it is: the minimum lies on the ray of x.
+    np.testing.assert_allclose(got, row * best / size, atol=2e-7)
+    dead += not got.any()
+    free += np.array_equal(got, row)
+  assert dead >= 2
+  assert free >= 2
+
+
+@pytest.mark.parametrize('name', CONCAVE)
+def test_concave_penalties_in_a_metric_descend_and_minimise_their_tangent(name):
+  penalty, option = CONCAVE[name]
+  kind = prox.get_penalty(name, **{option: 2.5})
+  x, metric = kernel(6)
+  step, lam = 0.3, 0.05
+  z = kind.prox_weighted(jnp.asarray(x), metric, step, lam, -2)
+  w = lam * np.sqrt(x.size / 4)
+  for got, row, d in zip(
+    groups_of(np.array(z), -2), groups_of(x, -2), groups_of(metric, -2), strict=True
+  ):
+    r = np.linalg.norm(row)
+    slope = (penalty(r + 1e-6, w, 2.5) - penalty(max(r - 1e-6, 0), w, 2.5)) / 2e-6
+    # Beyond the knot the slope is 0 and the group free.
+    want = minimise(row, d, step * slope) if slope > 1e-8 else row
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    objective = lambda v, row=row, d=d: (
+      0.5 * np.sum(d * (v - row) ** 2) + (step * penalty(np.linalg.norm(v), w, 2.5))
+    )
+    assert objective(got) <= objective(row) + 1e-12
+
+
+@pytest.mark.parametrize('name', sorted(prox.PENALTIES))
+def test_every_penalty_is_differentiable_in_its_coefficient(name):
+  kind = prox.get_penalty(name)
+  x, metric = map(jnp.asarray, kernel(7))
+  for run in (
+    lambda lam: kind.prox(x, 0.3, lam, -2),
+    lambda lam: kind.prox_weighted(x, metric, 0.3, lam, -2),
+  ):
+    check_grads(run, (jnp.asarray(0.03),), 1, eps=1e-7, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(run(0.0), x)
+    assert np.isfinite(jax.jacfwd(run)(0.0)).all()
+    assert not np.asarray(run(1e6))[:, :, 2].any()
+
+
+def test_penalties_reduce_to_each_other():
+  x, metric = map(jnp.asarray, kernel(8))
+  lasso = prox.get_penalty('group_lasso')
+  l1 = prox.get_penalty('l1')
+  for name, options, same in (
+    ('sparse_group_lasso', {'mix': 0.0}, lasso),
+    ('sparse_group_lasso', {'mix': 1.0}, l1),
+    ('group_mcp', {'gamma': 1e9}, lasso),
+    ('group_scad', {'a': 1e9}, lasso),
+  ):
+    kind = prox.get_penalty(name, **options)
+    for got, want in (
+      (kind.prox(x, 0.3, 0.1, -2), same.prox(x, 0.3, 0.1, -2)),
+      (
+        kind.prox_weighted(x, metric, 0.3, 0.1, -2),
+        same.prox_weighted(x, metric, 0.3, 0.1, -2),
+      ),
+    ):
+      np.testing.assert_allclose(got, want, atol=1e-7)
+
+
+def test_options_of_penalties_are_checked():
+  with pytest.raises(UserError, match='group_mcp cannot take a; its options: gamma'):
+    prox.get_penalty('group_mcp', a=3.0)
+  with pytest.raises(UserError, match='mix is 2'):
+    prox.get_penalty('sparse_group_lasso', mix=2.0)

@@ -19,7 +19,9 @@ import msp
 from msp import episodes
 from msp import groups as gr
 from msp import tasks as task_module
+from msp.hypergradient import online, zero_tangent
 from msp.models import multitask
+from msp.objectives import Objective, make_twin
 from msp.train_state import TrainState
 from msp.train_step import Combination, make_train_step
 
@@ -547,3 +549,146 @@ def test_a_gradient_that_is_not_finite_is_located():
   leaves = jax.tree_util.tree_leaves_with_path(p.params)
   first = gr.path_name(leaves[int(metrics['nonfinite'])][0])
   assert first.startswith('backbone/')  # through which all gradients flow
+
+
+@pytest.mark.parametrize(
+  ('inner_steps', 'exact', 'granularity'),
+  [
+    (0, False, 'scalar'),
+    (0, False, 'layer'),
+    (1, False, 'scalar'),
+    (1, True, 'scalar'),
+  ],
+)
+def test_online_hypergradient_is_the_derivative_of_the_whole_run(
+  inner_steps, exact, granularity
+):
+  p = problem(('edges', 'smiling'), uncertainty=True)
+  groups = gr.find(p.params, r'backbone/layer.*kernel', 'in', granularity)
+  p = p._replace(groups=groups)
+  options = dict(eps=1e-2, eps_root=1e-6)
+  adam = optax.adamw(OUTER_RATE, weight_decay=0.1, **options)
+  outer = msp.adaptive_proximal(adam, 'group_lasso', groups, OUTER_RATE, **options)
+  step = p.step(
+    outer,
+    inner=inner_optimizer(groups),
+    inner_steps=inner_steps,
+    exact=exact,
+    rho_optimizer=optax.sgd(0.0),
+    hypergradient='online',
+    tangent_decay=1.0,
+    tangent_max_norm=math.inf,
+    combination=Combination('uncertainty'),
+  )
+
+  @functools.cache
+  def run(offset, entry):
+    rho = jnp.full((len(groups.names),), -1.6).at[entry].add(offset)
+    rho = rho if granularity == 'layer' else rho[0]
+    state = p.state(
+      outer, rho=rho, lambda_max=jnp.full(rho.shape, 0.3), rho_opt_state=()
+    )
+    state = state._replace(
+      rho_opt_state=optax.sgd(0.0).init(rho),
+      tangent=zero_tangent((state.params, state.opt_state), rho),
+    )
+    for i in range(5):
+      data = {
+        part: batch(10 * i + j)
+        for j, part in enumerate(('support', 'query', 'hold_out'))
+      }
+      state, metrics = step(state, data, jax.random.key(i))
+    return metrics
+
+  for entry in range(len(groups.names)):
+    metrics = run(0.0, entry)
+    assert 0.05 < metrics['group_sparsity'] < 0.95
+    got = metrics['hypergradient'].reshape(-1)[entry]
+    losses = [run(offset, entry)['hold_out_loss'] for offset in (1e-5, -1e-5)]
+    wanted = (losses[0] - losses[1]) / 2e-5
+    assert abs(wanted) > 1e-5
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+def test_online_tangent_is_forgotten_and_bounded():
+  weights = {'w': jnp.array([3.0, 4.0])}
+  state = weights, {'count': jnp.zeros((), jnp.int32)}
+  rho = jnp.zeros(())
+
+  def step(state, rho):
+    params, counter = state
+    new = {'w': params['w'] + rho * jnp.array([30.0, 40.0])}
+    return (new, {'count': counter['count'] + 1}), jnp.sum(params['w']), 'aux'
+
+  tangent = zero_tangent(state, rho)
+  assert tangent[1]['count'] is None
+  for decay, max_norm, wanted in ((0.5, math.inf, 25.0), (0.5, 1.0, 2.5)):
+    new, loss, aux, gradient, moved = online(
+      step, state, rho, tangent, decay=decay, max_norm=max_norm
+    )
+    assert (loss, aux, gradient, new[1]['count']) == (7.0, 'aux', 0.0, 1)
+    np.testing.assert_allclose(jnp.linalg.norm(moved[0]['w']), wanted)
+  # and what entered decides the hypergradient
+  gradient = online(step, state, rho, moved, decay=decay, max_norm=max_norm)[3]
+  np.testing.assert_allclose(gradient, 1.5 + 2.0)
+
+
+def test_the_twin_is_a_dense_run_beside_the_sparse_one():
+  p = problem(('edges', 'smiling'))
+  outer = prox_adamw(p.groups)
+  rho_optimizer, coefficient = learned(0.5)
+  step = p.step(
+    outer, rho_optimizer=rho_optimizer, objective=Objective('tolerance', tolerance=0.01)
+  )
+  state = p.state(outer, **coefficient)
+  state = state._replace(
+    twin=make_twin(state.params, state.opt_state, state.batch_stats, 2)
+  )
+  sparse_step = p.step(outer)
+  dense_outer = adamw()
+  dense_step = p.step(dense_outer)
+  dense, rhos = p.state(dense_outer), []
+  for seed in range(3):
+    data = {'query': batch(2 * seed), 'hold_out': batch(2 * seed + 1)}
+    at = state._replace(twin=None, rho_opt_state=None)
+    sparse, _ = sparse_step(at, data, KEY)
+    dense, _ = dense_step(dense, data, KEY)
+    rhos.append(state.rho)
+    state, metrics = step(state, data, KEY)
+    close(state.params, sparse.params)
+    close(state.twin.params, dense.params)
+    close(state.twin.batch_stats, dense.batch_stats)
+    # ρ rises while the worst task is within its bound, and falls otherwise.
+    worst = max(metrics['gap/edges'], metrics['gap/smiling']) - math.log(1.01)
+    assert np.sign(metrics['violation']) == np.sign(worst)
+    np.testing.assert_allclose(
+      state.rho - rhos[-1], -RHO_RATE * np.clip(metrics['violation'], -1, 1), rtol=1e-9
+    )
+  assert metrics['group_sparsity'] > 0.2
+  assert 'hypergradient' not in metrics
+
+
+def test_a_budget_moves_a_vector_of_coefficients_by_the_hold_out_loss_too():
+  p = problem(('smiling',))
+  groups = gr.find(p.params, r'backbone/layer.*kernel', 'in', 'layer')
+  p = p._replace(groups=groups)
+  outer = prox_adamw(groups)
+  rho_optimizer = optax.sgd(1.0)
+  step = p.step(
+    outer,
+    inner=inner_optimizer(groups),
+    inner_steps=1,
+    exact=False,
+    rho_optimizer=rho_optimizer,
+    objective=Objective('budget', target=0.6),
+  )
+  rho = jnp.full(2, -2.0)
+  state = p.state(outer, rho=rho, lambda_max=jnp.full(2, 0.3))
+  state = state._replace(rho_opt_state=rho_optimizer.init(rho))
+  new, metrics = step(state, batches(), KEY)
+  moved_by = new.rho - rho
+  gone = gr.sparsity(groups, new.params).groups
+  assert gone < 0.55
+  np.testing.assert_allclose(jnp.mean(moved_by), 1.0, rtol=1e-9)  # all too small
+  h = metrics['hypergradient']
+  assert (moved_by[0] - moved_by[1]) * (h[0] - h[1]) < 0

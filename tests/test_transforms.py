@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 import msp
 from msp import groups as gr
@@ -344,6 +345,41 @@ def test_build_resolves_names():
     ({'name': 'sgd', 'lr': 1}, 'cannot take'),
     ({'name': 'l2_loss'}, 'cannot take'),
     ({'name': 'safe_increment', 'count': 1}, 'not an optax transform'),
+    ({'name': 'sgd', 'learning_rate': {'name': 'cosine'}}, 'unknown schedule'),
+    ({'name': 'sgd', 'learning_rate': {'name': 'linear_schedule'}}, 'cannot take'),
   ):
     with pytest.raises(UserError, match=message):
       transforms.build([entry], 'outer')
+
+
+def test_build_resolves_schedules():
+  schedule = {'name': 'cosine_decay_schedule', 'init_value': 1.0, 'decay_steps': 2}
+  entry = ConfigDict({'name': 'sgd', 'learning_rate': schedule})
+  tx = transforms.build([entry], 'outer')
+  p, steps = jnp.zeros(1), []
+  state = tx.init(p)
+  for _ in range(3):
+    updates, state = tx.update(jnp.ones(1), state, p)
+    steps.append(-updates[0])
+  np.testing.assert_allclose(steps, [1.0, 0.5, 0.0], atol=1e-7)
+
+
+def test_build_refuses_adam_without_eps_root_where_it_is_differentiated():
+  entry = {'name': 'adam', 'learning_rate': 0.1}
+  transforms.build([entry], 'outer')
+  transforms.build([entry | {'eps_root': 1e-16}], 'outer', differentiated=True)
+  with pytest.raises(UserError, match='eps_root above 0'):
+    transforms.build([entry], 'outer', differentiated=True)
+
+
+@pytest.mark.parametrize(
+  ('name', 'options'), [('group_mcp', {'gamma': 0.1}), ('group_scad', {'a': 1.1})]
+)
+def test_a_step_too_large_for_a_concave_penalty_is_refused(name, options):
+  kind = prox.get_penalty(name, **options)
+  groups = gr.find(make_params())
+  msp.proximal(kind, groups, 0.05)
+  with pytest.raises(UserError, match=r'too concave for a step of 0\.2.* below 0\.1'):
+    msp.proximal(kind, groups, 0.2)
+  with pytest.raises(UserError, match='too concave'):
+    msp.proximal(kind, groups, optax.cosine_decay_schedule(0.2, 10))

@@ -39,6 +39,14 @@ def test_another_configuration_is_refused_and_told_apart(tmp_path):
   assert (tmp_path / 'config.json').read_bytes() == before
 
 
+def test_checking_writes_nothing(tmp_path):
+  workdir.check(tmp_path / 'runs' / 'one', config())
+  assert list(tmp_path.iterdir()) == []
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='Not a directory'):
+    workdir.check(tmp_path / 'file' / 'run', config())
+
+
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match=r'cannot write to work directory .*file/run'):

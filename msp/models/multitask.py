@@ -166,6 +166,37 @@ def init(
   return params, batch_stats
 
 
+def positions(model: MultiTask, image_shape: Sequence[int]) -> dict[str, int]:
+  """Output positions (rows · columns) of every convolution of the backbone.
+
+  Args:
+    model: from `build`.
+    image_shape: (H, W, 3) of the images.
+
+  Returns:
+    Path of the kernel, such as 'backbone/layer1_0/conv1/kernel' -> positions. The
+    FLOPs of one image are 2 · kernel size · positions.
+  """
+  image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+
+  def outputs(x):
+    variables = model.backbone.lazy_init(jax.random.key(0), x, train=False)
+    _, state = model.backbone.apply(
+      variables,
+      x,
+      train=False,
+      capture_intermediates=lambda module, _: isinstance(module, convolution.Conv),
+      mutable=['intermediates'],
+    )
+    return state['intermediates']
+
+  found = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(outputs, image)):
+    layer = jax.tree_util.keystr(path, simple=True, separator='/').split('/__call__')[0]
+    found[f'backbone/{layer}/kernel'] = leaf.shape[1] * leaf.shape[2]
+  return found
+
+
 def apply(
   model: MultiTask,
   params: PyTree,

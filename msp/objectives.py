@@ -1,0 +1,207 @@
+"""What λ is for: the signal that moves ρ, one of three.
+
+`holdout`: ρ follows the hypergradient of the hold-out loss, as published.
+
+`tolerance`: the sparsest network whose hold-out loss, of every task, stays close to
+that of a dense one, its twin, which is trained beside it on the same batches.
+
+`budget`: a share of the groups, weights or FLOPs that has to be gone.
+
+For the last two, λ is the multiplier of R in "loss + λ R" and ρ does dual ascent: it
+rises while the constraint is slack and falls while it is violated. A vector ρ keeps
+the hold-out loss as the tie-break between its entries.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from msp import groups as gr
+from msp.errors import UserError
+
+PyTree = Any
+KINDS = ('holdout', 'tolerance', 'budget')
+MEASURES = ('groups', 'weights', 'flops')
+
+# The band, as a share removed, in which the budget's signal is proportional.
+BUDGET_BAND = 0.05
+# Smallest scale of a relative gap: below it the signal is proportional.
+GAP_SCALE = 0.02
+# How much of the signal of a vector ρ may come from the tie-break.
+TIE_BREAK = 0.5
+
+
+class Objective(NamedTuple):
+  """Static description of what λ is for.
+
+  Attributes:
+    kind: 'holdout' | 'tolerance' | 'budget'.
+    target: of 'budget', the share to remove, in (0, 1).
+    measure: of 'budget', what the share is of: 'groups' | 'weights' | 'flops'.
+    positions: of 'flops', layer -> output positions (rows · columns) of its kernel.
+    tolerance: of 'tolerance', ε, the relative increase of the hold-out loss that is
+      allowed; None for one standard error of the twin's loss.
+    hold_out_batches: hold-out images / images a batch, for the standard error.
+    decay: of the running means.
+  """
+
+  kind: str = 'holdout'
+  target: float = 0.5
+  measure: str = 'groups'
+  positions: Mapping[str, int] | None = None
+  tolerance: float | None = None
+  hold_out_batches: float = 1.0
+  decay: float = 0.95
+
+
+HOLDOUT = Objective()
+
+
+class Twin(NamedTuple):
+  """The dense reference of 'tolerance' and its comparison with θ⁰.
+
+  Attributes:
+    params: θ of the twin, trained with λ = 0.
+    opt_state: of its optimiser.
+    batch_stats: its running statistics.
+    count: comparisons made of each task, shape (tasks,), int32.
+    gap: running means of log(L_t/L_t of the twin) on the same batch, shape (tasks,).
+    level: running means of log(L_t of the twin), shape (tasks,).
+    spread: running variances of the same, shape (tasks,).
+  """
+
+  params: PyTree
+  opt_state: PyTree
+  batch_stats: PyTree
+  count: jax.Array
+  gap: jax.Array
+  level: jax.Array
+  spread: jax.Array
+
+
+def check(objective: Objective) -> None:
+  """Raises UserError on an unknown kind or measure, or an impossible number."""
+  if objective.kind not in KINDS:
+    raise UserError(
+      f'sparsity.objective is {objective.kind!r}; known: {", ".join(KINDS)}'
+    )
+  if objective.measure not in MEASURES:
+    raise UserError(
+      f'sparsity.measure is {objective.measure!r}; known: {", ".join(MEASURES)}'
+    )
+  if not 0 < objective.target < 1:
+    raise UserError(
+      f'sparsity.target is {objective.target}; the share to remove has to be in (0, 1)'
+    )
+  if objective.tolerance is not None and objective.tolerance <= 0:
+    raise UserError(
+      f'sparsity.tolerance is {objective.tolerance}; the allowed relative increase of '
+      f'the loss has to be above 0'
+    )
+
+
+def make_twin(
+  params: PyTree, opt_state: PyTree, batch_stats: PyTree, num_tasks: int
+) -> Twin:
+  """The twin before the first step: the same network, as buffers of its own."""
+  own = jax.tree.map(jnp.copy, (params, opt_state, batch_stats))
+  numbers = [jnp.zeros(num_tasks) for _ in range(3)]
+  return Twin(*own, jnp.zeros(num_tasks, jnp.int32), *numbers)
+
+
+def compare(
+  twin: Twin,
+  sparse: Mapping[str, jax.Array],
+  dense: Mapping[str, jax.Array],
+  decay: float,
+) -> Twin:
+  """Adds one pair of hold-out losses, by task, to the running comparison.
+
+  The pair shares its batch, so the batch's own difficulty cancels in the gap. A task
+  without a loss (NaN: absent from this step's episodes) keeps its numbers.
+  """
+  logs = lambda values: jnp.log(jnp.stack(list(values.values())))
+  seen = ~jnp.isnan(logs(dense))
+  # The first comparisons weigh as in a plain mean.
+  weight = jnp.where(seen, jnp.maximum(1 - decay, 1 / (twin.count + 1)), 0)
+  gap = jnp.where(seen, logs(sparse) - logs(dense), 0)
+  change = jnp.where(seen, logs(dense) - twin.level, 0)
+  return twin._replace(
+    count=twin.count + seen,
+    gap=twin.gap + weight * (gap - twin.gap),
+    level=twin.level + weight * change,
+    spread=(1 - weight) * (twin.spread + weight * change**2),
+  )
+
+
+def allowed(objective: Objective, twin: Twin) -> jax.Array:
+  """The allowed gaps: log(1 + ε), or one standard error of the twin's log loss.
+
+  The standard error over the hold-out part is that of a mean of
+  `hold_out_batches` batches. Shape (tasks,).
+  """
+  if objective.tolerance is not None:
+    return jnp.full_like(twin.gap, math.log1p(objective.tolerance))
+  return jnp.sqrt(twin.spread / objective.hold_out_batches)
+
+
+def removed(objective: Objective, groups: gr.Groups, params: PyTree) -> jax.Array:
+  """The share that is gone: of groups, of weights, or of FLOPs; shape ().
+
+  The FLOPs of a convolution are 2 · (non-zero kernel entries by group) · positions.
+  """
+  counted = gr.sparsity(groups, params)
+  if objective.measure == 'groups':
+    return counted.groups
+  if objective.measure == 'weights':
+    return counted.weights
+  kernels = gr.select(groups, params)
+  cost = jnp.array(
+    [kernels[name].size * objective.positions[name] for name in groups.layers],
+    jnp.float32,
+  )
+  totals = jnp.array(list(gr.totals(groups, params).values()), jnp.float32)
+  return 1 - jnp.sum(cost * counted.alive / totals) / jnp.sum(cost)
+
+
+def signal(
+  violation: jax.Array, rho: jax.Array, hypergradient: jax.Array | None
+) -> jax.Array:
+  """The "gradient" of ρ: the violation, and the tie-break of a vector ρ.
+
+  clip(violation, −1, 1) for every entry, plus the part of the hypergradient that
+  does not move their mean, scaled to at most `TIE_BREAK`.
+
+  Args:
+    violation: > 0 if λ is too large, in units of the band of proportional control.
+    rho: ρ, shape () or (n,).
+    hypergradient: dL_holdout/dρ, shape of ρ; None for a scalar ρ.
+
+  Returns:
+    Shape of ρ.
+  """
+  common = jnp.broadcast_to(jnp.clip(violation, -1, 1), rho.shape).astype(rho.dtype)
+  if hypergradient is None:
+    return common
+  deviation = hypergradient - jnp.mean(hypergradient)
+  largest = jnp.max(jnp.abs(deviation))
+  return common + TIE_BREAK * deviation / jnp.where(largest > 0, largest, math.inf)
+
+
+def tolerance_violation(objective: Objective, twin: Twin) -> jax.Array:
+  """max_t (gap − allowed)/max(allowed, `GAP_SCALE`) over the tasks, shape ().
+
+  The worst task decides: a mean would let one task that overfits pay for the others.
+  """
+  limit = allowed(objective, twin)
+  return jnp.max((twin.gap - limit) / jnp.maximum(limit, GAP_SCALE))
+
+
+def budget_violation(
+  objective: Objective, groups: gr.Groups, params: PyTree
+) -> jax.Array:
+  """(removed − target)/`BUDGET_BAND`, shape ()."""
+  return (removed(objective, groups, params) - objective.target) / BUDGET_BAND
