@@ -151,6 +151,16 @@ def apply(config: ConfigDict, given: set[str]) -> None:
     tiny(config)
 
 
+def decaying(config: ConfigDict, entry: ConfigDict, peak: float) -> ConfigDict:
+  """An optimiser's entry with a step size that falls from `peak` to 0 in train.steps.
+
+  A constant one keeps groups dying and coming back to the end.
+  """
+  schedule = ConfigDict(dict(name='cosine_decay_schedule', init_value=peak))
+  schedule.decay_steps = config.train.get_ref('steps')
+  return ConfigDict(entry.to_dict() | dict(learning_rate=schedule))
+
+
 def tiny(config: ConfigDict) -> None:
   """Minutes on two CPU cores: a narrow ResNet on small pictures, little data.
 
@@ -162,15 +172,14 @@ def tiny(config: ConfigDict) -> None:
   config.model.head_features = 32
   config.model.dropout = 0.0
   config.loss.resolution = 'label'
-  adamw = config.optimizer[0].to_dict()
-  adamw['learning_rate'] = ConfigDict(dict(name='cosine_decay_schedule'))
-  adamw['learning_rate'].init_value = 2e-3
-  adamw['learning_rate'].decay_steps = config.train.get_ref('steps')
-  config.optimizer = [ConfigDict(adamw)]
+  config.optimizer = [decaying(config, config.optimizer[0], 2e-3)]
   config.meta.episodes = 'full'
   config.meta.exact = False
   config.sparsity.start = 0.03
-  config.sparsity.optimizers.holdout[1].learning_rate = 2e-3
+  for objective, rate in (('holdout', 4e-3), ('tolerance', 0.02), ('budget', 0.02)):
+    entries = list(config.sparsity.optimizers[objective])
+    entries[-2] = decaying(config, entries[-2], rate)
+    config.sparsity.optimizers[objective] = entries
   config.train.steps = 420
   config.train.log_every = 5
   config.train.evaluate_every = 60

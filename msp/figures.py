@@ -246,6 +246,30 @@ def sparsity(
   return figure
 
 
+def constraint(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> Figure:
+  """Hold-out loss of each task against the dense twin's, and how much is allowed.
+
+  Args:
+    rows: of the train split, with `gap/<task>` and `gap_allowed/<task>`: logarithms
+      of a ratio.
+    tasks: those to show.
+  """
+  figure, panels = _panels(len(tasks))
+  for axes, task in zip(panels, tasks, strict=True):
+    axes.axhline(0, color=FAINT, linewidth=0.8)
+    for name, label, style in (
+      ('gap_allowed', 'allowed', {'color': ORANGE, 'linestyle': '--'}),
+      ('gap', 'sparse against dense', {'color': BLUE}),
+    ):
+      steps, values = series(rows, f'{name}/{task}')
+      axes.plot(steps, np.expm1(values), label=label, **style)
+    axes.set_title(words(task))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _step_axis(axes)
+  _legend(panels[0], fontsize=7)
+  return figure
+
+
 def losses(
   train: Sequence[Mapping[str, Any]],
   validation: Sequence[Mapping[str, Any]],

@@ -255,7 +255,13 @@ def _coefficient_in_words(log):
 
 
 def _learned(log):
-  return any('hypergradient' in row for row in log.train)
+  return any('hypergradient' in row or 'violation' in row for row in log.train)
+
+
+def _compared_tasks(log):
+  """Tasks that were held against a dense twin."""
+  names = dict.fromkeys(n for row in log.train for n in row if n.startswith('gap/'))
+  return [name.removeprefix('gap/') for name in names]
 
 
 def _coefficient_layers(log):
@@ -312,10 +318,18 @@ def _body(log, figure) -> Iterable[str]:
       figures.coefficient(log.train, _coefficient_layers(log)),
       'Top: the coefficient λ of the penalty, on a log axis; right, relative to '
       'λ<sub>max</sub>, at which the penalty outweighs the gradient of the loss in '
-      'every group at the start. Bottom: '
+      'every group at the start. Bottom, if λ follows a hypergradient: '
       'derivative of the hold-out loss by ρ = log(λ/λ<sub>max</sub>), faint for each '
       'step logged, bold the running mean, symmetric log axis. Below zero, more '
       'sparsity lowers the hold-out loss.',
+    )
+  if _compared_tasks(log):
+    yield figure(
+      'constraint',
+      figures.constraint(log.train, _compared_tasks(log)),
+      'Loss on the hold-out part against that of a dense twin trained beside the run, '
+      'as a running mean over pairs on the same batch. λ rises while every task is '
+      'below its dashed line, and falls while one is above.',
     )
   if share is not None and (values.size or share):
     yield figure(

@@ -43,6 +43,10 @@ def metric_rows(kind, layers, steps=60):
       row |= {'group_sparsity': 0.4 * step / steps, 'weight_sparsity': 0.31}
     if kind in ('learned', 'by_layer'):
       row |= {'hypergradient': rng.standard_t(2) * 1e-3, 'hold_out_loss': 1.1 / step}
+    if kind == 'tolerance':
+      row |= {'violation': -0.5, 'hold_out_loss': 1.1 / step}
+      for task in TASKS[:2]:
+        row |= {f'gap/{task}': -0.02, f'gap_allowed/{task}': 0.01}
     if kind == 'by_layer':
       row |= {f'lambda/{name}': 1e-4 * (1 + i) for i, name in enumerate(layers)}
     rows.append(row)
@@ -173,6 +177,12 @@ def test_one_coefficient_for_each_of_many_layers(tmp_path):
   text = check(make_run(tmp_path, 'by_layer', layers=36), EVERY)
   assert 'mean λ learned from' in text
   assert 'layer3_8/conv1' in text
+
+
+def test_tolerance(tmp_path):
+  text = check(make_run(tmp_path, 'tolerance'), [*EVERY, 'constraint'])
+  assert 'λ learned from' in text
+  assert 'dense twin' in text
 
 
 def test_fixed(tmp_path):
