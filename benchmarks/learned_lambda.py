@@ -96,11 +96,11 @@ def table(results, tasks):
   ]
   for name, seeds in results.items():
     cells = [name, str(len(seeds))]
-    relative = [
-      [r['lambda_relative'] for r in rows if 'lambda_relative' in r][-1:]
-      for rows in seeds.values()
+    trained = [
+      [row for row in rows if row['split'] == 'train'][-1] for rows in seeds.values()
     ]
-    cells.append(spread(sum(relative, [])) if all(relative) else '–')
+    relative = [row['lambda_relative'] for row in trained if 'lambda_relative' in row]
+    cells.append(spread(relative) if relative else '–')
     tests = {seed: test(rows) for seed, rows in seeds.items()}
     for key in ('group_sparsity', *primaries, 'loss'):
       cells.append(spread([t[key] for t in tests.values()]))

@@ -58,7 +58,8 @@ def base() -> ConfigDict:
   config.meta.inner_steps = 0  # K
   config.meta.episodes = 'all'  # 'all' subsets | 'full' | a number drawn a step
   config.meta.exact = True  # θ⁰'s gradient through the inner steps
-  config.meta.optimizer = [ConfigDict(dict(name='sgd', learning_rate=1e-2))]
+  # Small: behind a norm a step counts relative to the weights, which λ shrinks.
+  config.meta.optimizer = [ConfigDict(dict(name='sgd', learning_rate=1e-3))]
   config.meta.unroll = 'auto'  # 'auto' (on CPU) | 'yes' | 'no'
 
   config.sparsity = ConfigDict()
@@ -79,7 +80,7 @@ def base() -> ConfigDict:
   config.sparsity.tangent_decay = 0.99  # of 'online'
   config.sparsity.tangent_max_norm = 1.0  # of 'online', relative to the weights
   config.sparsity.objective = 'holdout'  # 'holdout' | 'tolerance' | 'budget'
-  config.sparsity.tolerance = config_dict.placeholder(float)  # None: 1 std. error
+  config.sparsity.tolerance = 0.0  # relative; at least one standard error
   config.sparsity.target = 0.5  # of 'budget': the share to remove, of
   config.sparsity.measure = 'groups'  # 'groups' | 'weights' | 'flops'
   # ρ's optimiser under each objective. A hypergradient has no scale of its own; the
@@ -175,7 +176,9 @@ def tiny(config: ConfigDict) -> None:
   config.optimizer = [decaying(config, config.optimizer[0], 2e-3)]
   config.meta.episodes = 'full'
   config.meta.exact = False
-  config.sparsity.start = 0.03
+  config.meta.inner_steps = min(config.meta.inner_steps, 1)
+  config.sparsity.start = 0.01
+  config.sparsity.objective = 'tolerance'
   for objective, rate in (('holdout', 4e-3), ('tolerance', 0.02), ('budget', 0.02)):
     entries = list(config.sparsity.optimizers[objective])
     entries[-2] = decaying(config, entries[-2], rate)
@@ -187,14 +190,16 @@ def tiny(config: ConfigDict) -> None:
   if config.data.name == 'camvid':
     config.data.image_size = (72, 96)
     config.train.batch_size = 16
+    if config.meta.inner_steps:  # as many query images a step as without them
+      config.train.batch_size = 32
     config.loss.edges = 'balanced'
-    config.sparsity.start = 0.003  # 0.03 starves the network here
     config.tasks = ('segmentation', 'edges', 'presence_bicyclist')
   else:
     config.data.image_size = (48, 48)
     config.train.batch_size = 32
     # A smile takes thousands of steps at this size, glasses take a hundred.
     config.tasks = ('segmentation', 'male', 'eyeglasses')
+    config.sparsity.tolerance = 0.1
     if config.data.procedural_images:
       config.data.procedural_images = 400
     if config.data.hold_out:

@@ -42,8 +42,8 @@ class Objective(NamedTuple):
     target: of 'budget', the share to remove, in (0, 1).
     measure: of 'budget', what the share is of: 'groups' | 'weights' | 'flops'.
     positions: of 'flops', layer -> output positions (rows · columns) of its kernel.
-    tolerance: of 'tolerance', ε, the relative increase of the hold-out loss that is
-      allowed; None for one standard error of the twin's loss.
+    tolerance: of 'tolerance', ε ≥ 0, the relative increase of the hold-out loss that
+      is allowed, or one standard error of the twin's loss if that is more.
     hold_out_batches: hold-out images / images a batch, for the standard error.
     decay: of the running means.
   """
@@ -52,7 +52,7 @@ class Objective(NamedTuple):
   target: float = 0.5
   measure: str = 'groups'
   positions: Mapping[str, int] | None = None
-  tolerance: float | None = None
+  tolerance: float = 0.0
   hold_out_batches: float = 1.0
   decay: float = 0.95
 
@@ -96,10 +96,10 @@ def check(objective: Objective) -> None:
     raise UserError(
       f'sparsity.target is {objective.target}; the share to remove has to be in (0, 1)'
     )
-  if objective.tolerance is not None and objective.tolerance <= 0:
+  if objective.tolerance < 0:
     raise UserError(
       f'sparsity.tolerance is {objective.tolerance}; the allowed relative increase of '
-      f'the loss has to be above 0'
+      f'the loss cannot be below 0'
     )
 
 
@@ -140,12 +140,12 @@ def compare(
 def allowed(objective: Objective, twin: Twin) -> jax.Array:
   """The allowed gaps: log(1 + ε), or one standard error of the twin's log loss.
 
-  The standard error over the hold-out part is that of a mean of
-  `hold_out_batches` batches. Shape (tasks,).
+  The larger of the two, shape (tasks,): less than the standard error the hold-out
+  part cannot tell. It is that of a mean of `hold_out_batches` batches (the 1-SE rule
+  of lasso practice, as a constraint).
   """
-  if objective.tolerance is not None:
-    return jnp.full_like(twin.gap, math.log1p(objective.tolerance))
-  return jnp.sqrt(twin.spread / objective.hold_out_batches)
+  error = jnp.sqrt(twin.spread / objective.hold_out_batches)
+  return jnp.maximum(error, math.log1p(objective.tolerance))
 
 
 def removed(objective: Objective, groups: gr.Groups, params: PyTree) -> jax.Array:

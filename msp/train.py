@@ -229,7 +229,7 @@ def _check(config):
       f'least 1: without inner steps it does not see λ. Set meta.inner_steps, or '
       f'sparsity.hypergradient=online, or sparsity.coefficient=fixed'
     )
-  if online and not 0 < sparsity.tangent_decay <= 1:
+  if not 0 < sparsity.tangent_decay <= 1:
     raise UserError(
       f'sparsity.tangent_decay is {sparsity.tangent_decay}; it has to be in (0, 1]'
     )

@@ -110,6 +110,7 @@ def config(tmp_path, **overrides):
 
 
 SGD = [ConfigDict({'name': 'sgd', 'learning_rate': 0.1})]
+ADAM = [ConfigDict({'name': 'adam', 'learning_rate': 0.1})]
 MISTAKES = [
   ({'tasks': ('segmentation', 'mael')}, "unknown task 'mael'; did you mean 'male'"),
   ({'tasks': ()}, 'no tasks given'),
@@ -140,6 +141,24 @@ MISTAKES = [
   ({'loss.combination': 'fixed'}, "no weight for task 'segmentation'"),
   ({'loss.resolution': 'half'}, "unknown loss_resolution 'half'"),
   ({'sparsity.penalty': 'lasso'}, "unknown penalty 'lasso'; known: group_lasso, l1"),
+  (
+    {'sparsity.coefficient': 'none', 'sparsity.penalty': 'lasso'},
+    "unknown penalty 'lasso'",
+  ),
+  ({'sparsity.penalty_options.gamma': 3.0}, 'group_lasso cannot take gamma'),
+  (
+    {'sparsity.penalty': 'group_mcp', 'sparsity.penalty_options.gamma': 1e-3},
+    'too concave for a step of 0.01',
+  ),
+  ({'sparsity.objective': 'budgte'}, "sparsity.objective is 'budgte'; known: holdout"),
+  ({'sparsity.measure': 'channels'}, "sparsity.measure is 'channels'; known: groups"),
+  ({'sparsity.target': 1.5}, r'sparsity.target is 1\.5; .* in \(0, 1\)'),
+  ({'sparsity.tolerance': -0.1}, r'sparsity.tolerance is -0\.1; .* below 0'),
+  ({'sparsity.tangent_decay': 0.0}, 'sparsity.tangent_decay is 0.0'),
+  (
+    {'sparsity.hypergradient': 'online', 'optimizer': ADAM},
+    'give it an eps_root above 0',
+  ),
   ({'sparsity.coefficient': 'learn'}, "sparsity.coefficient is 'learn'; known: none"),
   ({'sparsity.coefficient': 'fixed'}, 'sparsity.value is 0.0; a fixed λ has to be'),
   ({'sparsity.hypergradient': 'back'}, "sparsity.hypergradient is 'back'; known"),

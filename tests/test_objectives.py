@@ -34,7 +34,7 @@ def test_comparison_is_a_running_mean_of_log_ratios():
   error = objectives.allowed(Objective(hold_out_batches=25.0), t)
   np.testing.assert_allclose(error, np.sqrt(np.var(levels, 0) / 25), rtol=0.2)
   np.testing.assert_allclose(
-    objectives.allowed(Objective(tolerance=0.05), t), math.log(1.05), rtol=1e-6
+    objectives.allowed(Objective(tolerance=5.0), t), math.log(6.0), rtol=1e-6
   )
 
 
@@ -101,7 +101,7 @@ def test_signal_is_bounded_and_breaks_ties_by_the_hold_out_loss():
     ({'kind': 'budgte'}, "objective is 'budgte'; known: holdout"),
     ({'measure': 'channels'}, "measure is 'channels'; known: groups"),
     ({'target': 1.0}, r'target is 1\.0; .* in \(0, 1\)'),
-    ({'tolerance': 0.0}, r'tolerance is 0\.0; .* above 0'),
+    ({'tolerance': -0.1}, r'tolerance is -0\.1; .* below 0'),
   ],
 )
 def test_impossible_objectives_are_refused(change, message):

@@ -191,6 +191,40 @@ def test_a_killed_run_goes_on_exactly(finished, faces, tmp_path, monkeypatch, af
   same_run(tmp_path, finished[0])
 
 
+def test_tangent_and_twin_on_two_devices_go_on_exactly(faces, tmp_path, monkeypatch):
+  """Everything else that a state can hold, and a whole run on several devices."""
+  c = config(
+    faces,
+    **{
+      'meta.inner_steps': 0,
+      'sparsity.objective': 'tolerance',
+      'sparsity.hypergradient': 'online',
+      'sparsity.granularity': 'stage',
+      'train.steps': 3,
+    },
+  )
+  train.train(c, tmp_path / 'whole', devices=jax.devices()[:2])
+  real = train.Monitor.check
+
+  def check(self, step, metrics):
+    real(self, step, metrics)
+    if step == 3:
+      raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Monitor, 'check', check)
+    with pytest.raises(Killed):
+      train.train(c, tmp_path / 'killed', devices=jax.devices()[:2])
+  train.train(c, tmp_path / 'killed', devices=jax.devices()[:2])
+  same_run(tmp_path / 'killed', tmp_path / 'whole')
+  _, state = final_params(tmp_path / 'whole')
+  assert jax.tree.leaves(state['tangent'])[0].shape[0] == 5  # stem and four stages
+  assert any(np.any(z) for z in jax.tree.leaves(state['tangent']))
+  row = next(row for row in rows(tmp_path / 'whole') if row['split'] == 'train')
+  assert {'gap/male', 'gap_allowed/smiling', 'violation', 'hypergradient'} <= row.keys()
+  assert row['epoch'] > 0
+
+
 @pytest.mark.slow
 def test_a_run_killed_while_saving_goes_on_exactly(
   finished, faces, tmp_path, monkeypatch
