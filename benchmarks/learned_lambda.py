@@ -72,10 +72,11 @@ def configuration(data_set, source, row, seed, steps):
 
 def run(config, workdir):
   """The run's last test row and its training rows; trains what is missing."""
-  rows = writer.read(workdir / writer.METRICS) if workdir.exists() else []
+  path = workdir / writer.METRICS
+  rows = writer.read(path) if path.exists() else []
   if not any(row['split'] == 'test' for row in rows):
     train.train(config, workdir)
-    rows = writer.read(workdir / writer.METRICS)
+    rows = writer.read(path)
   return rows
 
 
@@ -147,7 +148,7 @@ def main():
   for name in names:
     if name not in ROWS:
       sys.exit(f'error: unknown row {name!r}; known: {", ".join(ROWS)}')
-  logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s')
+  logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s', force=True)
   # Runs that differ in numbers only share their compiled programs.
   jax.config.update('jax_compilation_cache_dir', str(arguments.out / 'compiled'))
   results = {}

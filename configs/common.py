@@ -58,8 +58,10 @@ def base() -> ConfigDict:
   config.meta.inner_steps = 0  # K
   config.meta.episodes = 'all'  # 'all' subsets | 'full' | a number drawn a step
   config.meta.exact = True  # θ⁰'s gradient through the inner steps
-  # Small: behind a norm a step counts relative to the weights, which λ shrinks.
-  config.meta.optimizer = [ConfigDict(dict(name='sgd', learning_rate=1e-3))]
+  config.meta.optimizer = [
+    ConfigDict(dict(name='clip_by_weight_norm', max_ratio=1.0)),
+    ConfigDict(dict(name='sgd', learning_rate=1e-2)),
+  ]
   config.meta.unroll = 'auto'  # 'auto' (on CPU) | 'yes' | 'no'
 
   config.sparsity = ConfigDict()

@@ -147,10 +147,13 @@ def adapt(
     updates, opt_state = tx.update(grads, opt_state, params, **extra)
     return (optax.apply_updates(params, updates), opt_state), (value, aux)
 
+  carry = params, tx.init(params)
+  if unroll and len(jax.tree.leaves(batches)[0]) == 1:
+    # A scan of one step is a loop even when it is unrolled by one.
+    carry, logs = step(carry, jax.tree.map(lambda x: x[0], batches))
+    return carry[0], jax.tree.map(lambda x: x[None], logs)
   if not unroll:
     policy = jax.checkpoint_policies.save_only_these_names('inner_gradient')
     step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-  (params, _), logs = jax.lax.scan(
-    step, (params, tx.init(params)), batches, unroll=unroll
-  )
-  return params, logs
+  carry, logs = jax.lax.scan(step, carry, batches, unroll=unroll)
+  return carry[0], logs

@@ -56,7 +56,7 @@ def find(
   axis: str = 'in',
   granularity: str = 'scalar',
 ) -> Groups:
-  """Finds the kernels whose path matches `pattern`, and logs them.
+  """Finds the kernels whose path matches `pattern`; logs them at level debug.
 
   Args:
     params: tree of arrays or `jax.ShapeDtypeStruct`s.
@@ -101,7 +101,6 @@ def find(
       )
     logger.debug('groups: %s %s by %s', name, leaf.shape, axis)
   layers = tuple(name for name, _ in matched)
-  logger.info('groups: %d kernels match %r', len(layers), pattern)
   if granularity == 'scalar':
     keys = ['all'] * len(layers)
   elif granularity == 'stage':

@@ -565,7 +565,13 @@ def _open(config, devices, *, skip_corrupt=False) -> Run:
     config.data.hold_out,
   )
   hold_out_images = 1 if splits.hold_out is None else len(splits.hold_out)
-  return Run(config, build(config, labels, hold_out_images), splits, mesh)
+  experiment = build(config, labels, hold_out_images)
+  logger.info(
+    'groups: %d kernels match %r',
+    len(experiment.groups.layers),
+    config.sparsity.pattern,
+  )
+  return Run(config, experiment, splits, mesh)
 
 
 def _check_batch(config, devices):

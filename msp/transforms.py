@@ -292,6 +292,40 @@ def bounded(lower: float, upper: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
+def clip_by_weight_norm(
+  max_ratio: float = 1.0, min_norm: float = 1e-3
+) -> optax.GradientTransformation:
+  """Scales each leaf's update down to ‖u‖ ≤ max_ratio · max(‖p‖, min_norm).
+
+  Behind a normalisation only a step relative to the weights matters, and the gradient
+  grows as 1/‖p‖: where λ shrinks the weights, an inner SGD step of fixed length leads
+  ever farther away, θ⁰ and θᴷ part, and the hypergradient rewards more shrinkage. With
+  this before SGD of step α a leaf moves by α · max_ratio of its norm at most.
+  (As adaptive gradient clipping, arXiv 2102.06171, by leaf, and with a derivative that
+  is finite where a gradient is 0.)
+
+  Args:
+    max_ratio: largest ‖u‖/‖p‖ let through.
+    min_norm: norm that counts for leaves that are smaller, such as zero biases.
+
+  Returns:
+    A transform whose `update` needs `params`.
+  """
+
+  def update(updates, state, params=None):
+    if params is None:
+      raise ValueError(_NO_PARAMS)
+
+    def clip(u, p):
+      limit = max_ratio * jnp.maximum(gr.norms(p[None], 0)[0], min_norm)
+      norm = gr.norms(u[None], 0)[0]
+      return u * jnp.where(norm > limit, limit / jnp.where(norm > limit, norm, 1), 1)
+
+    return jax.tree.map(clip, updates, params), state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
 def build(
   entries: Sequence[Mapping[str, Any]], where: str, *, differentiated: bool = False
 ) -> optax.GradientTransformationExtraArgs:
@@ -371,4 +405,5 @@ def _resolve(entry, where, differentiated):
 _OWN: dict[str, Callable[..., optax.GradientTransformation]] = {
   'scale_by_mean_magnitude': scale_by_mean_magnitude,
   'bounded': bounded,
+  'clip_by_weight_norm': clip_by_weight_norm,
 }

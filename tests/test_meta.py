@@ -256,6 +256,23 @@ def test_no_steps_no_hypergradient():
     assert hypergradient(outer, inner, params, jnp.zeros(()), mode=mode)[1] == 0
 
 
+@pytest.mark.parametrize('steps', [1, 2])
+def test_unrolled_steps_are_no_loop(steps):
+  # XLA's convolutions in a loop body are many times slower on CPU, even in one turn.
+  loss, params, batches, _ = toy()
+  run = lambda p, unroll: adapt(loss, p, batches[:steps], optax.sgd(0.1), unroll=unroll)
+  text = lambda unroll: jax.jit(run, static_argnums=1).lower(params, unroll).as_text()
+  assert 'stablehlo.while' not in text(True)
+  assert 'stablehlo.while' in text(False)
+  straight, logs = run(params, True)
+  rolled, rolled_logs = run(params, False)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-12),
+    (straight, logs),
+    (rolled, rolled_logs),
+  )
+
+
 def test_zero_coefficient_is_no_prox():
   loss, params, batches, _ = toy()
   groups = gr.find(params)

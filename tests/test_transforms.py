@@ -329,6 +329,22 @@ def test_bounded():
   np.testing.assert_array_equal(optax.apply_updates(p, updates), [-1.0, 0.0])
 
 
+def test_clip_by_weight_norm():
+  tx = transforms.clip_by_weight_norm(0.5, min_norm=0.1)
+  p = {'a': jnp.array([3.0, 4.0]), 'b': jnp.zeros(2), 'c': jnp.array(2.0)}
+  u = {'a': jnp.array([30.0, 40.0]), 'b': jnp.ones(2), 'c': jnp.array(0.1)}
+  got, _ = tx.update(u, tx.init(p), p)
+  np.testing.assert_allclose(got['a'], [1.5, 2.0], rtol=1e-6)
+  np.testing.assert_allclose(jnp.linalg.norm(got['b']), 0.05, rtol=1e-6)
+  np.testing.assert_array_equal(got['c'], u['c'])
+  # A step along the gradient does not depend on the weights' scale, as it should
+  # behind a norm: g(sp) = g(p)/s.
+  far = tx.update({'a': u['a'] / 0.1}, None, {'a': 0.1 * p['a']})[0]['a']
+  np.testing.assert_allclose(far, 0.1 * got['a'], rtol=1e-6)
+  slope = jax.jacfwd(lambda u: tx.update({'a': u}, None, {'a': p['a']})[0]['a'])
+  assert np.isfinite(slope(jnp.zeros(2))).all()
+
+
 def test_build_resolves_names():
   tx = transforms.build(
     [
