@@ -38,6 +38,8 @@ HOLDOUT = {'sparsity.objective': 'holdout'}
 # name -> (whether it has inner steps, overrides)
 ROWS = {
   'dense': (False, {}),
+  # On the images that a run with learned λ trains its weights on.
+  'dense without hold-out': (False, {'data.hold_out': 0.2}),
   **{
     f'fixed {value:g}': (
       False,

@@ -28,8 +28,6 @@ MEASURES = ('groups', 'weights', 'flops')
 
 # The band, as a share removed, in which the budget's signal is proportional.
 BUDGET_BAND = 0.05
-# Smallest scale of a relative gap: below it the signal is proportional.
-GAP_SCALE = 0.02
 # How much of the signal of a vector ρ may come from the tie-break.
 TIE_BREAK = 0.5
 
@@ -192,12 +190,13 @@ def signal(
 
 
 def tolerance_violation(objective: Objective, twin: Twin) -> jax.Array:
-  """max_t (gap − allowed)/max(allowed, `GAP_SCALE`) over the tasks, shape ().
+  """max_t (gap − allowed)/allowed, shape (); −1 where all tasks equal the twin.
 
   The worst task decides: a mean would let one task that overfits pay for the others.
   """
   limit = allowed(objective, twin)
-  return jnp.max((twin.gap - limit) / jnp.maximum(limit, GAP_SCALE))
+  # Two equal losses, as in the first step, leave nothing to divide by.
+  return jnp.max((twin.gap - limit) / jnp.maximum(limit, 1e-6))
 
 
 def budget_violation(
