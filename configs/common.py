@@ -164,6 +164,13 @@ def decaying(config: ConfigDict, entry: ConfigDict, peak: float) -> ConfigDict:
   return ConfigDict(entry.to_dict() | dict(learning_rate=schedule))
 
 
+def _decay_rho(config, objective, peak):
+  """Makes the step of ρ under one objective a decaying one."""
+  entries = list(config.sparsity.optimizers[objective])
+  entries[-2] = decaying(config, entries[-2], peak)
+  config.sparsity.optimizers[objective] = entries
+
+
 def tiny(config: ConfigDict) -> None:
   """Minutes on two CPU cores: a narrow ResNet on small pictures, little data.
 
@@ -181,10 +188,7 @@ def tiny(config: ConfigDict) -> None:
   config.meta.inner_steps = min(config.meta.inner_steps, 1)
   config.sparsity.start = 0.01
   config.sparsity.objective = 'tolerance'
-  # A constraint's own step stays: slack opens late, when the weights settle.
-  entries = list(config.sparsity.optimizers.holdout)
-  entries[-2] = decaying(config, entries[-2], 4e-3)
-  config.sparsity.optimizers.holdout = entries
+  _decay_rho(config, 'holdout', 4e-3)
   config.train.steps = 420
   config.train.log_every = 5
   config.train.evaluate_every = 60
@@ -195,6 +199,7 @@ def tiny(config: ConfigDict) -> None:
     if config.meta.inner_steps:  # as many query images a step as without them
       config.train.batch_size = 32
     config.loss.edges = 'balanced'
+    _decay_rho(config, 'tolerance', 0.02)
     config.tasks = ('segmentation', 'edges', 'presence_bicyclist')
   else:
     config.data.image_size = (48, 48)

@@ -140,7 +140,10 @@ MISTAKES = [
   ({'loss.combination': 'mean'}, "unknown combination of losses 'mean'"),
   ({'loss.combination': 'fixed'}, "no weight for task 'segmentation'"),
   ({'loss.resolution': 'half'}, "unknown loss_resolution 'half'"),
-  ({'sparsity.penalty': 'lasso'}, "unknown penalty 'lasso'; known: group_lasso, l1"),
+  (
+    {'sparsity.penalty': 'lasso'},
+    "unknown penalty 'lasso'; known: group_lasso, group_mcp",
+  ),
   (
     {'sparsity.coefficient': 'none', 'sparsity.penalty': 'lasso'},
     "unknown penalty 'lasso'",
