@@ -2,7 +2,7 @@
 
   python -m benchmarks.learned_lambda camvid --source /path/to/CamVid --out DIR
   python -m benchmarks.learned_lambda faces --out DIR
-  ... --rows dense,meta,budget --seeds 3 --steps 450
+  ... --rows 'dense,meta,budget 0.7' --seeds 3 --steps 450
 
 Every row and seed is an ordinary run in DIR/<row>/<seed>, so the same command goes on
 after a kill, and each run has its own report. Ends with DIR/table.md (mean ± standard
@@ -11,7 +11,6 @@ All runs take the `:tiny` settings and the same number of steps.
 """
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
@@ -54,8 +53,8 @@ ROWS = {
   **{f'budget {t:g}': (False, BUDGET | {'sparsity.target': t}) for t in (0.5, 0.7)},
   'online': (False, LEARNED | HOLDOUT | {'sparsity.hypergradient': 'online'}),
   'meta': (True, {}),
-  'meta, holdout': (True, HOLDOUT),
-  'meta, dense': (True, {'sparsity.coefficient': 'none'}),
+  'meta holdout': (True, HOLDOUT),
+  'meta dense': (True, {'sparsity.coefficient': 'none'}),
 }
 
 
@@ -73,7 +72,7 @@ def configuration(data_set, source, row, seed, steps):
 
 
 def run(config, workdir):
-  """The run's last test row and its training rows; trains what is missing."""
+  """All rows of the run's log; trains what is missing."""
   path = workdir / writer.METRICS
   rows = writer.read(path) if path.exists() else []
   if not any(row['split'] == 'test' for row in rows):
@@ -127,8 +126,7 @@ def figure(results):
       rows = [row for row in rows if row['split'] == 'train']
       steps = [row['step'] for row in rows]
       for panel, key in zip(axes, ('lambda_relative', 'group_sparsity'), strict=True):
-        label = name if rows is next(iter(results[name].values())) else None
-        panel.plot(steps, [r[key] for r in rows], color=f'C{i}', lw=1, label=label)
+        panel.plot(steps, [row[key] for row in rows], color=f'C{i}', lw=1)
     axes[0].plot([], [], color=f'C{i}', label=name)
   axes[0].set(yscale='log', title='λ / λ$_{max}$', xlabel='step')
   axes[1].set(title='dead groups', xlabel='step', ylim=(0, 1))
@@ -142,11 +140,11 @@ def main():
   parser.add_argument('data_set', choices=CONFIGS)
   parser.add_argument('--source', default='', help='folder of the data set')
   parser.add_argument('--out', type=Path, required=True)
-  parser.add_argument('--rows', default=','.join(ROWS).replace('meta, ', 'meta; '))
+  parser.add_argument('--rows', default=','.join(ROWS))
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--steps', type=int, default=0)
   arguments = parser.parse_args()
-  names = [name.strip().replace('; ', ', ') for name in arguments.rows.split(',')]
+  names = [name.strip() for name in arguments.rows.split(',')]
   for name in names:
     if name not in ROWS:
       sys.exit(f'error: unknown row {name!r}; known: {", ".join(ROWS)}')
@@ -170,7 +168,7 @@ def main():
     sys.exit(f'error: {e}')
   figure(results).savefig(arguments.out / 'lambda.png', dpi=150)
   print(text)
-  print(json.dumps({'table': str(arguments.out / 'table.md')}))
+  print(f'table: {arguments.out / "table.md"}')
 
 
 if __name__ == '__main__':

@@ -23,8 +23,10 @@ from msp import train
 
 def make_config(full: bool):
   config = celeba_meta.get_config('' if full else 'procedural,tiny')
+  config.meta.inner_steps = 3
   config.meta.episodes = 'full'
   config.meta.exact = True
+  config.sparsity.objective = 'holdout'
   config.meta.unroll = 'no'
   return config
 

@@ -101,6 +101,11 @@ def check(objective: Objective) -> None:
     )
 
 
+def differentiates(kind: str, entries: int) -> bool:
+  """Whether ρ needs a hypergradient: a constraint alone moves a scalar ρ."""
+  return kind == 'holdout' or entries > 1
+
+
 def make_twin(
   params: PyTree, opt_state: PyTree, batch_stats: PyTree, num_tasks: int
 ) -> Twin:

@@ -93,8 +93,9 @@ def build(
   has_coefficient = sparsity.coefficient != 'none'
   learned = sparsity.coefficient == 'learned'
   objective = _objective(config, model, shape, hold_out_images)
-  # A constraint alone moves a scalar ρ; no derivative is taken then.
-  differentiated = learned and (objective.kind == 'holdout' or len(groups.names) > 1)
+  differentiated = learned and objectives.differentiates(
+    objective.kind, len(groups.names)
+  )
   online = differentiated and sparsity.hypergradient == 'online'
   outer = _optimizer(
     config.optimizer, 'optimizer', penalty, sparsity, groups, sparsity.metric, online

@@ -143,7 +143,9 @@ def make_train_step(
   """
   names = tuple(tasks)
   learned = rho_optimizer is not None
-  differentiates = learned and (objective.kind == 'holdout' or len(groups.names) > 1)
+  differentiates = learned and objectives.differentiates(
+    objective.kind, len(groups.names)
+  )
   learns_online = differentiates and hypergradient == 'online'
 
   def loss(params, batch_and_key, batch_stats, present):

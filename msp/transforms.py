@@ -170,11 +170,11 @@ def _step_size(learning_rate, count):
 
 
 def _check_step(penalty, learning_rate):
+  if isinstance(learning_rate, jax.core.Tracer):  # inject_hyperparams
+    return
   steps = [learning_rate]
   if callable(learning_rate):
     steps = [learning_rate(count) for count in (0, *(10**n for n in range(7)))]
-  if isinstance(learning_rate, jax.core.Tracer):  # inject_hyperparams
-    return
   largest = max(float(step) for step in steps)
   if largest >= penalty.max_step:
     raise UserError(

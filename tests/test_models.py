@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from msp import groups as gr
 from msp.errors import UserError
 from msp.models import convolution, heads, multitask, normalization, resnet
 
@@ -750,3 +751,18 @@ def test_bad_value_is_one_line_that_lists_the_choices(arguments, listed):
   with pytest.raises(UserError, match=listed) as error:
     multitask.build(**{'heads': TASKS, **arguments})
   assert '\n' not in str(error.value)
+
+
+def test_positions_of_every_backbone_kernel():
+  model = multitask.build(TASKS, depth=18, **TINY)
+  params, _ = jax.eval_shape(
+    lambda key: multitask.init(model, key, (64, 48, 3)), jax.random.key(0)
+  )
+  found = multitask.positions(model, (64, 48, 3))
+  assert set(found) == set(gr.find(params).layers)
+  size = lambda layer: found[f'backbone/{layer}/kernel']
+  assert size('stem_conv1') == size('stem_conv3') == 32 * 24
+  assert size('layer1_0/conv1') == 16 * 12
+  # Output stride 8 from the second stage on.
+  for stage in (2, 3, 4):
+    assert size(f'layer{stage}_0/conv2') == 8 * 6
