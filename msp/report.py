@@ -342,7 +342,7 @@ def _body(log, figure) -> Iterable[str]:
     yield figure(
       'groups',
       figures.groups(log.layers),
-      'Layers in the order of their names, at the end of the run. Left: number of groups, '
+      'Layers by name, at the end of the run. Left: number of groups, '
       'blue those alive. Right: the same groups one by one, in order of their index; '
       'blue is alive, pale is dead.',
     )
