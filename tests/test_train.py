@@ -318,8 +318,8 @@ def test_early_stopping_stops_and_stays_stopped(faces, tmp_path, monkeypatch):
 def test_what_is_not_finite_stops_the_run_and_is_named(faces, tmp_path, monkeypatch):
   real = train.build
 
-  def poisoned(c, labels):
-    experiment = real(c, labels)
+  def poisoned(*arguments):
+    experiment = real(*arguments)
 
     def step(state, batches, key):
       params = state.params
