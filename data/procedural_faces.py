@@ -354,17 +354,10 @@ class _Painting:
 
 
 def _near(painting, x, y, left, right, top, bottom):
-  """What surrounds a box of the coordinates x, y: most shapes are small.
+  """The painting, x and y around a box of these coordinates: most shapes are small.
 
-  Args:
-    painting: a painting (rows, columns).
-    x: coordinate, an affine function of row and column.
-    y: the same.
-    left, right, top, bottom: the box in these coordinates.
-
-  Returns:
-    The painting, x and y within the rows and columns that the box touches and two
-    pixels more, where soft edges end.
+  x and y are affine functions of row and column. The part goes two pixels beyond the
+  rows and columns that the box touches, which is where soft edges end.
   """
   x_0, x_column, x_row = float(x[0, 0]), float(x[0, 1]), float(x[1, 0])
   y_0, y_column, y_row = float(y[0, 0]), float(y[0, 1]), float(y[1, 0])
