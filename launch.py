@@ -26,9 +26,24 @@ _SKIP_CORRUPT = flags.DEFINE_bool(
 )
 
 
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed',
+  False,
+  'This is one process of several: of a Cloud TPU slice, a Slurm job or another '
+  'cluster that jax.distributed recognises. All see --workdir; the first one writes.',
+)
+
+
 def main(argv: list[str]) -> None:
   """Calls the function of the mode; a user's mistake ends in one line."""
   # After the flags, so that --help and a mistyped flag answer at once.
+  import jax
+
+  if _DISTRIBUTED.value:
+    try:
+      jax.distributed.initialize()
+    except (RuntimeError, ValueError) as e:
+      sys.exit(f'error: --distributed found no cluster: {" ".join(str(e).split())}')
   import data
   from msp import report, train
   from msp.errors import UserError
@@ -39,7 +54,7 @@ def main(argv: list[str]) -> None:
   for name in ('msp', 'data'):
     logger = logging.getLogger(name)
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
     logger.propagate = False
   try:
     if len(argv) > 1:

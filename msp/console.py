@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from msp import processes
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,7 +23,7 @@ class Bar:
   """
 
   def __init__(self, start: int, total: int):
-    self._terminal = sys.stderr.isatty()
+    self._terminal = sys.stderr.isatty() and processes.is_first()
     self._bar = tqdm(
       initial=start,
       total=total,

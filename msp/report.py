@@ -47,6 +47,11 @@ class Log(NamedTuple):
   missing: Sequence[str]
 
 
+def path(workdir: Path) -> Path:
+  """Where the report of a run is."""
+  return workdir / 'report' / 'index.html'
+
+
 def write(workdir: str | Path) -> Path:
   """Writes `report/*.png` and `report/index.html`.
 
@@ -65,7 +70,8 @@ def write(workdir: str | Path) -> Path:
   """
   workdir = Path(workdir)
   log = read(workdir)
-  folder = workdir / 'report'
+  page_path = path(workdir)
+  folder = page_path.parent
   try:
     folder.mkdir(exist_ok=True)
   except OSError as error:
@@ -93,8 +99,8 @@ def write(workdir: str | Path) -> Path:
     lead=_lead(log),
     body=body,
   )
-  write_file(folder / 'index.html', lambda f: f.write(page.encode()))
-  return folder / 'index.html'
+  write_file(page_path, lambda f: f.write(page.encode()))
+  return page_path
 
 
 def read(workdir: Path) -> Log:

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import data
-from msp import episodes, losses, objectives, report, transforms
+from msp import episodes, losses, objectives, processes, report, transforms
 from msp import groups as gr
 from msp import tasks as task_module
 from msp import workdir as workdir_module
@@ -31,7 +31,7 @@ from msp.models import multitask
 from msp.prox import get_penalty
 from msp.train_state import TrainState
 from msp.train_step import Combination, Step, make_train_step, task_losses
-from msp.writer import MetricWriter
+from msp.writer import MetricWriter, SilentWriter
 
 logger = logging.getLogger(__name__)
 
@@ -377,6 +377,9 @@ def train(
   Started again with the same configuration it continues from the latest
   checkpoint, and its metrics are those of a run that was never interrupted.
 
+  With several processes (`jax.distributed`) all of them call this; the first one
+  writes, to a `workdir` that all of them see.
+
   Args:
     config: see `configs/common.py`.
     workdir: is created; holds config.json, metrics.jsonl, TensorBoard events,
@@ -393,7 +396,7 @@ def train(
   """
   workdir_module.check(workdir, config)
   run = _open(config, devices, skip_corrupt=skip_corrupt)
-  workdir_module.claim(workdir, config)
+  processes.first_does(lambda: workdir_module.claim(workdir, config))
   logger.info('work directory: %s', workdir)
   with Checkpoints(workdir) as checkpoints:
     feed = run.feed()
@@ -405,14 +408,15 @@ def train(
       feed.set_state(meta['data'])
       progress = Progress(**meta['progress'])
       logger.info('going on from step %d', latest)
-    with MetricWriter(workdir, latest or 0) as writer:
+    first = processes.is_first()
+    with MetricWriter(workdir, latest or 0) if first else SilentWriter() as writer:
       if int(state.step) < config.train.steps and not progress.stopped:
         state, progress = _loop(run, state, progress, feed, checkpoints, writer)
       _finish(run, workdir, state, checkpoints, writer)
-  path = report.write(workdir)
+  processes.first_does(lambda: report.write(workdir))
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   logger.info('peak memory of this process: %.1f GiB', peak)
-  return path
+  return report.path(workdir)
 
 
 def evaluate_run(
@@ -437,7 +441,7 @@ def evaluate_run(
       f'directory of a run with --workdir'
     )
   run = _open(config, devices)
-  workdir_module.claim(workdir, config)
+  processes.first_does(lambda: workdir_module.claim(workdir, config))
   with Checkpoints(workdir) as checkpoints:
     latest = checkpoints.latest_step()
     if latest is None:
@@ -450,7 +454,8 @@ def evaluate_run(
     result[split] = {'step': latest, **values}
     logger.info('%s: %s', split, summary(values, run.experiment.tasks))
   content = json.dumps(result, indent=2).encode()
-  workdir_module.write(workdir / 'evaluation.json', lambda f: f.write(content))
+  path = workdir / 'evaluation.json'
+  processes.first_does(lambda: workdir_module.write(path, lambda f: f.write(content)))
   return result
 
 
@@ -558,7 +563,9 @@ def _open(config, devices, *, skip_corrupt=False) -> Run:
   labels = data.labels(config.data.name)
   build(config, labels)  # tells what is wrong with the configuration
   _check_batch(config, len(devices))
-  prepare(config, skip_corrupt=skip_corrupt)
+  processes.first_does(lambda: prepare(config, skip_corrupt=skip_corrupt))
+  if not processes.is_first():  # finds it done, or has a disk of its own
+    prepare(config, skip_corrupt=skip_corrupt)
   splits = data.open(
     config.data.name,
     _folders(config)[1],
@@ -621,7 +628,12 @@ def _loop(run, state, progress, feed, checkpoints, writer):
         record(*pending)
       pending = step, metrics
       evaluating = step % c.evaluate_every == 0 or step == c.steps
-      if not (evaluating or interruption.received):
+      received = interruption.received
+      if jax.process_count() > 1:
+        # All have to stop after the same step, and asking takes time.
+        asking = evaluating or step % c.log_every == 0
+        received = processes.agreed(received) if asking else 0
+      if not (evaluating or received):
         continue
       record(*pending)
       pending = None
@@ -639,9 +651,9 @@ def _loop(run, state, progress, feed, checkpoints, writer):
       meta = {'data': feed.get_state(), 'progress': progress._asdict()}
       checkpoints.save(step, state, meta, score)
       clock.reset(step)
-      if interruption.received:
+      if received:
         bar.say(f'interrupted; step {step} is saved, the same command goes on')
-        sys.exit(128 + interruption.received)
+        sys.exit(128 + received)
       if progress.stopped:
         break
   return state, progress
@@ -662,6 +674,8 @@ def _finish(run, workdir, state, checkpoints, writer):
     logger.info('evaluating the test split at step %d', one.step)
     values = run.evaluate(eval_step, one, run.splits.test)
     writer.write({'split': split, 'step': int(one.step), **values})
+  if not processes.is_first():
+    return
   workdir_module.write_groups(workdir, run.experiment.groups, state.params)
   tasks = run.experiment.tasks
   batch = next(

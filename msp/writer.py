@@ -70,6 +70,19 @@ class MetricWriter:
     self._board.close()
 
 
+class SilentWriter:
+  """In place of `MetricWriter` in all processes but the first."""
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Writes nothing."""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
+
+
 def read(path: Path) -> list[dict[str, Any]]:
   """The rows of a `metrics.jsonl`, in order, without a half-written last one.
 

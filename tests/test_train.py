@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -312,6 +313,69 @@ def test_early_stopping_stops_and_stays_stopped(faces, tmp_path, monkeypatch):
   splits = {row['split']: row['step'] for row in rows(tmp_path)}
   assert splits['test'] == 8
   assert splits['test_best'] == 4
+
+
+PROCESS = """
+import logging, os, signal, sys
+import jax
+from pathlib import Path
+number, address, workdir, faces, kill = sys.argv[1:]
+jax.config.update('jax_platforms', 'cpu')
+jax.distributed.initialize(address, num_processes=2, process_id=int(number))
+from msp import train
+from tests import test_train
+c = test_train.config(Path(faces))
+put = train.put
+def stop_one(batch, sharding):  # before the first step; the other one hears of it
+  if kill == number:
+    os.kill(os.getpid(), signal.SIGTERM)
+  train.put = put
+  return put(batch, sharding)
+if kill != 'none':
+  def build(*arguments, real=train._loop):
+    train.put = stop_one
+    return real(*arguments)
+  train._loop = build
+train.train(c, Path(workdir))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run(faces, tmp_path):
+  """One of them is asked to stop, both do; started again they finish the run."""
+
+  def start(kill):
+    with socket.socket() as s:
+      s.bind(('localhost', 0))
+      address = f'localhost:{s.getsockname()[1]}'
+    environment = {
+      **os.environ,
+      'XLA_FLAGS': '',
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+      'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'compiled'),
+    }
+    workdir = str(tmp_path / 'run')
+    running = [
+      subprocess.Popen(
+        [sys.executable, '-c', PROCESS, str(i), address, workdir, str(faces), kill],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+      for i in range(2)
+    ]
+    errors = [process.communicate(timeout=600)[1] for process in running]
+    return [process.returncode for process in running], errors
+
+  codes, errors = start('1')
+  assert codes == [128 + signal.SIGTERM] * 2, errors
+  with Checkpoints(tmp_path / 'run') as checkpoints:
+    assert checkpoints.latest_step() == 1
+  codes, errors = start('none')
+  assert codes == [0, 0], errors
+  steps = [row['step'] for row in rows(tmp_path / 'run') if row['split'] == 'train']
+  assert steps == list(range(1, STEPS + 1))
+  assert (tmp_path / 'run' / 'report' / 'index.html').exists()
 
 
 @pytest.mark.slow
