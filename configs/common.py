@@ -78,7 +78,12 @@ def base() -> ConfigDict:
   config.sparsity.granularity = 'scalar'  # 'scalar' | 'stage' | 'layer'
   config.sparsity.metric = 'adam'  # of the outer prox: 'adam' | 'euclidean'
   config.sparsity.min_alive = 1  # groups of each layer that survive
-  config.sparsity.hypergradient = 'forward'  # 'online' | 'forward' | 'reverse'
+  config.sparsity.hypergradient = 'forward'  # see msp.hypergradient.MODES
+  config.sparsity.truncation = 1  # of 'truncated': steps it sees
+  config.sparsity.solver = ConfigDict()  # of 'implicit'
+  config.sparsity.solver.name = 'cg'  # 'cg' | 'neumann'
+  config.sparsity.solver.tolerance = 1e-3
+  config.sparsity.solver.max_iterations = 50
   config.sparsity.tangent_decay = 0.99  # of 'online'
   config.sparsity.tangent_max_norm = 1.0  # of 'online', relative to the weights
   config.sparsity.objective = 'holdout'  # 'holdout' | 'tolerance' | 'budget'

@@ -2,7 +2,18 @@
 
 ρ is the unconstrained coefficient (λ = exp(ρ) · λ_max); `inner(θ⁰, ρ)` returns
 (θᴷ, auxiliary tree), usually a closure over `msp.adapt`. 'reverse' and 'forward'
-see the K inner steps of one episode; 'online' sees all outer steps so far.
+see the K inner steps of one episode, 'truncated' the last of them, 'implicit' as many
+as it takes to converge; 'online' sees all outer steps so far.
+
+In units of one inner step (gradient and prox), for a ρ of n entries:
+
+| mode      | time               | memory                   | exact              |
+|-----------|--------------------|--------------------------|--------------------|
+| reverse   | K                  | K times θ and ∇L         | yes                |
+| forward   | n · K              | a tangent, whatever K    | yes                |
+| truncated | k of the K steps   | k times θ and ∇L         | bias falls with k  |
+| implicit  | iterations         | vectors, whatever K      | at a fixed point   |
+| online    | n · the outer step | tangent of whole state   | of the run (γ = 1) |
 """
 
 from collections.abc import Callable
@@ -15,8 +26,26 @@ import optax
 from msp.errors import UserError
 
 PyTree = Any
-MODES = ('reverse', 'forward', 'online')
+MODES = ('reverse', 'forward', 'truncated', 'implicit', 'online')
+SOLVERS = ('cg', 'neumann')
 Inner = Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]
+
+
+class Solver(NamedTuple):
+  """How 'implicit' solves its linear system; see `implicit`.
+
+  Attributes:
+    name: 'cg' | 'neumann'.
+    tolerance: of the residual, relative to the right-hand side.
+    max_iterations: where it stops at the latest.
+  """
+
+  name: str = 'cg'
+  tolerance: float = 1e-3
+  max_iterations: int = 50
+
+
+CG = Solver()
 
 
 class MetaGradients(NamedTuple):
@@ -46,6 +75,8 @@ def meta_gradients(
   *,
   exact: bool,
   mode: str | None = 'reverse',
+  last: Inner | None = None,
+  solver: Solver = CG,
 ) -> MetaGradients:
   """Both outer gradients of one episode, sharing its inner loop.
 
@@ -53,9 +84,11 @@ def meta_gradients(
   dL_query/dθ⁰ = (∂θᴷ/∂θ⁰)ᵀ g_q if exact, g_q to first order;
   dL_holdout/dρ = (∂θᴷ/∂ρ)ᵀ g_h, by one more pull-back ('reverse': memory grows
   with K) or as ⟨g_h, ∂θᴷ/∂ρ⟩ with the tangent carried forward ('forward': memory
-  independent of K, one pass for each entry of ρ). Query data never reaches ρ,
-  hold-out data never reaches θ⁰. With 'online' no gradient in ρ is taken here:
-  `online` pushes its tangent through the whole outer step.
+  independent of K, one pass for each entry of ρ). 'truncated': inner steps are
+  θᴷ = last(inner(θ⁰, ρ), ρ), and derivatives see `last` only (for θ⁰ the steps before
+  it count as the identity). 'implicit': see `implicit`, with `last` one step at θᴷ.
+  Query data never reaches ρ, hold-out data never reaches θ⁰. With 'online' no gradient
+  in ρ is taken here: `online` pushes its tangent through the whole outer step.
 
   Args:
     inner: (θ⁰, ρ) -> (θᴷ, auxiliary tree); ρ may be None.
@@ -64,15 +97,20 @@ def meta_gradients(
     params: θ⁰.
     rho: ρ, shape () or (n,), or None.
     exact: whether the derivative in θ⁰ runs through the inner steps.
-    mode: 'reverse' | 'forward', for ρ; 'online' or None: the hold-out loss only.
+    mode: 'reverse' | 'forward' | 'truncated' | 'implicit', for ρ; 'online' or None:
+      the hold-out loss only.
+    last: of 'truncated' and 'implicit': (θ, ρ) -> (θ, auxiliary tree).
+    solver: of 'implicit'.
 
   Returns:
     The gradients and the losses.
 
   Raises:
-    UserError: unknown mode.
+    UserError: unknown mode or solver; `last` is missing.
   """
-  _check(mode, (*MODES, None))
+  _check(mode, (*MODES, None), last, solver)
+  if mode == 'truncated':
+    inner, mode = _truncated(inner, last), 'reverse'
   forward = hold_out_loss is not None and mode == 'forward'
   reverse = hold_out_loss is not None and mode == 'reverse'
   pull_back = None
@@ -92,10 +130,12 @@ def meta_gradients(
   g_params = pull_back(g_query)[0] if exact else g_query
   if hold_out_loss is None:
     return MetaGradients(g_params, None, query, None, logs)
-  if mode not in ('forward', 'reverse'):
+  if mode in ('online', None):
     return MetaGradients(g_params, None, query, hold_out_loss(adapted), logs)
   hold_out, g_hold_out = jax.value_and_grad(hold_out_loss, has_aux=True)(adapted)
-  if forward:
+  if mode == 'implicit':
+    g_rho = implicit(g_hold_out, lambda p, r: last(p, r)[0], adapted, rho, solver)
+  elif forward:
     g_rho = jnp.stack([optax.tree.vdot(g_hold_out, c) for c in columns])
     g_rho = g_rho.reshape(rho.shape)
   else:
@@ -110,6 +150,8 @@ def hypergradient(
   rho: jax.Array,
   *,
   mode: str = 'reverse',
+  last: Callable[[PyTree, jax.Array], PyTree] | None = None,
+  solver: Solver = CG,
 ) -> tuple[jax.Array, jax.Array]:
   """The derivative d outer_loss(θᴷ(ρ))/dρ for any loss of any parameter tree.
 
@@ -122,22 +164,93 @@ def hypergradient(
     inner: (θ⁰, ρ) -> θᴷ.
     params: θ⁰.
     rho: ρ, shape () or (n,), float.
-    mode: 'reverse' (one backward pass, memory grows with K) or 'forward' (one
-      forward pass for each entry of ρ, memory independent of K).
+    mode: 'reverse' (one backward pass, memory grows with K), 'forward' (one
+      forward pass for each entry of ρ, memory independent of K), 'truncated'
+      (backward through `last` only) or 'implicit' (see `implicit`).
+    last: of 'truncated', the last steps: θᴷ = last(inner(θ⁰, ρ), ρ); of 'implicit',
+      the map whose fixed point `inner` has found.
+    solver: of 'implicit'.
 
   Returns:
     (L, shape (); dL/dρ, shape of ρ).
 
   Raises:
-    UserError: unknown mode.
+    UserError: unknown mode or solver; `last` is missing.
   """
-  _check(mode, MODES[:2])
+  _check(mode, MODES[:4], last, solver)
+  if mode == 'truncated':
+    start = jax.lax.stop_gradient(inner(params, rho))
+    return jax.value_and_grad(lambda r: outer_loss(last(start, r)))(rho)
   if mode == 'reverse':
     return jax.value_and_grad(lambda r: outer_loss(inner(params, r)))(rho)
+  if mode == 'implicit':
+    adapted = inner(params, rho)
+    value, grads = jax.value_and_grad(outer_loss)(adapted)
+    return value, implicit(grads, last, adapted, rho, solver)
   adapted, _, columns = _tangents(lambda r: (inner(params, r), None), rho)
   value, grads = jax.value_and_grad(outer_loss)(adapted)
   products = jnp.stack([optax.tree.vdot(grads, c) for c in columns])
   return value, products.reshape(rho.shape)
+
+
+def implicit(
+  gradient: PyTree,
+  step: Callable[[PyTree, jax.Array], PyTree],
+  params: PyTree,
+  rho: jax.Array,
+  solver: Solver = CG,
+) -> jax.Array:
+  """dL/dρ at a fixed point θ* = T(θ*, ρ), whatever steps led to it.
+
+  dL/dρ = (∂T/∂ρ)ᵀ u with (I − J)ᵀ u = ∇L(θ*), J = ∂T/∂θ. The prox in T has derivative
+  0 at a dead group, so J and ∂T/∂ρ have zero rows there: what is solved is the system
+  of the active groups. (Implicit differentiation of a proximal fixed point: Bertrand et
+  al. 2020, arXiv 2002.08943.)
+
+  'neumann' sums u = Σ_i (Jᵀ)ⁱ ∇L, one product an iteration, and converges as T does.
+  'cg' needs fewer but two products each: conjugate gradients on the normal equations
+  (I − J)(I − J)ᵀ u = (I − J)∇L, as J, a product of prox and gradient step, is not
+  symmetric. Memory: a few vectors of the size of θ, whatever K.
+
+  Args:
+    gradient: ∇L(θ*), tree of `params`.
+    step: T, (θ, ρ) -> θ: one inner step on fixed data. Its optimiser must have no
+      state and no schedule, or T has no fixed point.
+    params: θ*. Away from the fixed point the result is biased.
+    rho: ρ, shape () or (n,).
+    solver: which, and when it stops.
+
+  Returns:
+    Shape of ρ.
+  """
+  _, pull_back = jax.vjp(step, params, rho)
+  minus = lambda a, b: jax.tree.map(jnp.subtract, a, b)
+  transposed = lambda v: minus(v, pull_back(v)[0])  # (I − J)ᵀ v
+
+  def product(v):  # (I − J) v
+    return minus(v, jax.jvp(lambda p: step(p, rho), (params,), (v,))[1])
+
+  if solver.name == 'cg':
+    solution, _ = jax.scipy.sparse.linalg.cg(
+      lambda v: product(transposed(v)),
+      product(gradient),
+      tol=solver.tolerance,
+      maxiter=solver.max_iterations,
+    )
+    return pull_back(solution)[1]
+  limit = solver.tolerance * optax.tree.norm(gradient)
+
+  def unfinished(carry):
+    count, _, term = carry
+    return (count < solver.max_iterations) & (optax.tree.norm(term) > limit)
+
+  def add(carry):
+    count, total, term = carry
+    term = pull_back(term)[0]
+    return count + 1, jax.tree.map(jnp.add, total, term), term
+
+  _, solution, _ = jax.lax.while_loop(unfinished, add, (0, gradient, gradient))
+  return pull_back(solution)[1]
 
 
 def zero_tangent(state: PyTree, rho: jax.Array) -> PyTree:
@@ -233,11 +346,28 @@ def _is_float(x):
   return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _check(mode, known):
+def _check(mode, known, last, solver):
   if mode not in known:
     raise UserError(
       f'unknown hypergradient {mode!r}; known: {", ".join(filter(None, known))}'
     )
+  if mode in ('truncated', 'implicit') and last is None:
+    raise UserError(f'hypergradient {mode!r} needs `last`')
+  if solver.name not in SOLVERS:
+    raise UserError(f'unknown solver {solver.name!r}; known: {", ".join(SOLVERS)}')
+
+
+def _truncated(inner, last):
+  """`last` after `inner`, of which only last is differentiated."""
+
+  def both(params, rho):
+    early, logs = jax.lax.stop_gradient(inner(params, rho))
+    # Earlier steps count as the identity: p − stop(p) is 0 with derivative 1.
+    early = jax.tree.map(lambda e, p: e + (p - jax.lax.stop_gradient(p)), early, params)
+    adapted, later = last(early, rho)
+    return adapted, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), logs, later)
+
+  return both
 
 
 def _tangents(function, rho):

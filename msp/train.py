@@ -26,7 +26,7 @@ from msp.checkpoint import Checkpoints
 from msp.console import Bar, Clock, Interruption
 from msp.errors import UserError
 from msp.evaluate import evaluate, make_eval_step, make_predict
-from msp.hypergradient import MODES, zero_tangent
+from msp.hypergradient import MODES, SOLVERS, Solver, zero_tangent
 from msp.models import multitask
 from msp.prox import get_penalty
 from msp.train_state import TrainState
@@ -79,6 +79,8 @@ def build(
     # XLA's own convolutions are the faster ones on CPU, but 7 to 35 times slower in
     # a loop body, where matrix products are not.
     straight = unroll or config.meta.inner_steps == 0
+    # The solver of the implicit hypergradient is a loop, too.
+    straight &= config.sparsity.hypergradient != 'implicit'
     network['convolution_implementation'] = 'lax' if straight else 'matmul'
   model = multitask.build(
     {name: (task.head, task.outputs) for name, task in tasks.items()}, **network
@@ -114,6 +116,8 @@ def build(
   )
   combination = Combination(config.loss.combination, _weights(config))
   _check_traced(config, abstract, outer, inner)
+  if differentiated and sparsity.hypergradient == 'implicit':
+    _check_fixed_point(config, abstract, inner)
 
   def init(key, batch):
     key_params, key_gradient = jax.random.split(key)
@@ -159,6 +163,8 @@ def build(
     rho_optimizer=rho_optimizer if learned else None,
     objective=objective,
     hypergradient=sparsity.hypergradient,
+    truncation=sparsity.truncation,
+    solver=Solver(**sparsity.solver),
     tangent_decay=sparsity.tangent_decay,
     tangent_max_norm=sparsity.tangent_max_norm,
     unroll=unroll,
@@ -196,11 +202,11 @@ def _check(config):
     'sparsity.coefficient': ('none', 'fixed', 'learned'),
     'sparsity.metric': ('adam', 'euclidean'),
     'sparsity.hypergradient': MODES,
+    'sparsity.solver.name': SOLVERS,
     'meta.unroll': ('auto', 'yes', 'no'),
   }
   for field, known in choices.items():
-    section, name = field.split('.')
-    value = config[section][name]
+    value = functools.reduce(lambda node, name: node[name], field.split('.'), config)
     if value not in known:
       raise UserError(f'{field} is {value!r}; known: {", ".join(known)}')
   for field in ('train.steps', 'train.log_every', 'train.evaluate_every'):
@@ -229,6 +235,18 @@ def _check(config):
       f'sparsity.hypergradient={sparsity.hypergradient} needs meta.inner_steps of at '
       f'least 1: without inner steps it does not see λ. Set meta.inner_steps, or '
       f'sparsity.hypergradient=online, or sparsity.coefficient=fixed'
+    )
+  truncated = sparsity.hypergradient == 'truncated'
+  if truncated and inner_steps and not 1 <= sparsity.truncation <= inner_steps:
+    raise UserError(
+      f'sparsity.truncation is {sparsity.truncation}; of meta.inner_steps='
+      f'{inner_steps} steps the derivative can see 1 to {inner_steps}'
+    )
+  if not 0 < sparsity.solver.tolerance < 1 or sparsity.solver.max_iterations < 1:
+    raise UserError(
+      f'sparsity.solver has tolerance {sparsity.solver.tolerance} and max_iterations '
+      f'{sparsity.solver.max_iterations}; it needs a tolerance in (0, 1) and at least '
+      f'one iteration'
     )
   if not 0 < sparsity.tangent_decay <= 1:
     raise UserError(
@@ -262,6 +280,22 @@ def _check_traced(config, params, outer, inner):
   if config.meta.inner_steps:
     jax.eval_shape(inner.init, params)
     episodes.draw(jax.random.key(0), len(config.tasks), config.meta.episodes)
+
+
+def _check_fixed_point(config, params, inner):
+  """Refuses inner optimisers whose step is not one and the same map of θ."""
+  entries = config.meta.optimizer
+  moments = any(
+    jnp.issubdtype(leaf.dtype, jnp.floating)
+    for leaf in jax.tree.leaves(jax.eval_shape(inner.init, params))
+  )
+  scheduled = any(hasattr(entry.get('learning_rate'), 'items') for entry in entries)
+  if moments or scheduled:
+    raise UserError(
+      f'sparsity.hypergradient=implicit needs inner steps with a fixed point, but '
+      f'meta.optimizer has {"a schedule" if scheduled else "momentum or moments"}; use '
+      f'plain sgd there, or sparsity.hypergradient=forward'
+    )
 
 
 def _optimizer(entries, where, penalty, sparsity, groups, metric, differentiated):

@@ -12,7 +12,7 @@ import optax
 from msp import episodes, losses, objectives
 from msp import groups as gr
 from msp.adaptation import adapt
-from msp.hypergradient import meta_gradients, online
+from msp.hypergradient import CG, Solver, meta_gradients, online
 from msp.models import multitask
 from msp.tasks import Task
 from msp.train_state import TrainState, coefficient
@@ -98,6 +98,8 @@ def make_train_step(
   rho_optimizer: optax.GradientTransformation | None = None,
   objective: objectives.Objective = objectives.HOLDOUT,
   hypergradient: str = 'forward',
+  truncation: int = 1,
+  solver: Solver = CG,
   tangent_decay: float = 0.99,
   tangent_max_norm: float = 1.0,
   unroll: bool = False,
@@ -126,8 +128,11 @@ def make_train_step(
     rho_optimizer: of ρ; None keeps ρ as it is.
     objective: what ρ is learned for. With 'tolerance' and 'budget' a scalar ρ
       needs no hypergradient, and none is computed.
-    hypergradient: 'online' | 'forward' | 'reverse'; see `msp.hypergradient`. Only
-      'online' learns λ without inner steps; it needs `state.tangent`.
+    hypergradient: 'online' | 'forward' | 'reverse' | 'truncated' | 'implicit'; see
+      `msp.hypergradient`. Only 'online' learns λ without inner steps; it needs
+      `state.tangent`.
+    truncation: of 'truncated', how many of the K steps derivatives see.
+    solver: of 'implicit'.
     tangent_decay: γ of 'online'.
     tangent_max_norm: bound of the tangent of 'online'.
     unroll: inner steps and episodes as one straight program (CPU) or as loops.
@@ -162,16 +167,16 @@ def make_train_step(
     keys = jax.random.split(key, inner_steps + 2)
     at = lambda params, batch: loss(params, batch, state.batch_stats, present)
 
-    def inner_loop(params, rho):
+    def inner_loop(params, rho, start=0, stop=inner_steps):
       if not inner_steps:
         return params, None
       support = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (inner_steps, *x.shape)), batches['support']
+        lambda x: jnp.broadcast_to(x, (stop - start, *x.shape)), batches['support']
       )
       return adapt(
         at,
         params,
-        (support, keys[:inner_steps]),
+        (support, keys[start:stop]),
         inner,
         sparsity=coefficient(rho, state.lambda_max),
         unroll=unroll,
@@ -182,14 +187,23 @@ def make_train_step(
     hold_out = None
     if differentiates or (learned and objective.kind == 'tolerance'):
       hold_out = lambda params: at(params, (batches['hold_out'], keys[-2]))
+    first_loop, last = inner_loop, None
+    if differentiates and hypergradient == 'truncated':
+      early = inner_steps - truncation
+      first_loop = lambda params, rho: inner_loop(params, rho, 0, early)
+      last = lambda params, rho: inner_loop(params, rho, early, inner_steps)
+    elif differentiates and hypergradient == 'implicit':
+      last = lambda params, rho: inner_loop(params, rho, inner_steps - 1, inner_steps)
     gradients = meta_gradients(
-      inner_loop,
+      first_loop,
       lambda params: at(params, (batches['query'], keys[-1])),
       hold_out,
       state.params,
       state.rho,
       exact=exact and inner_steps > 0,
       mode=hypergradient if differentiates else None,
+      last=last,
+      solver=solver,
     )
     query_loss, (values, query_stats) = gradients.query
     if inner_steps:

@@ -111,6 +111,9 @@ def config(tmp_path, **overrides):
 
 SGD = [ConfigDict({'name': 'sgd', 'learning_rate': 0.1})]
 ADAM = [ConfigDict({'name': 'adam', 'learning_rate': 0.1})]
+MOMENTUM = [ConfigDict({'name': 'sgd', 'learning_rate': 0.1, 'momentum': 0.9})]
+COSINE = {'name': 'cosine_decay_schedule', 'init_value': 0.1, 'decay_steps': 9}
+SCHEDULED = [ConfigDict({'name': 'sgd', 'learning_rate': COSINE})]
 MISTAKES = [
   ({'tasks': ('segmentation', 'mael')}, "unknown task 'mael'; did you mean 'male'"),
   ({'tasks': ()}, 'no tasks given'),
@@ -162,6 +165,20 @@ MISTAKES = [
     {'sparsity.hypergradient': 'online', 'optimizer': ADAM},
     'give it an eps_root above 0',
   ),
+  (
+    {'sparsity.hypergradient': 'truncated', 'sparsity.truncation': 4},
+    r'sparsity\.truncation is 4; of meta\.inner_steps=3',
+  ),
+  (
+    {'sparsity.hypergradient': 'implicit', 'meta.optimizer': MOMENTUM},
+    'momentum or moments; use plain sgd there',
+  ),
+  (
+    {'sparsity.hypergradient': 'implicit', 'meta.optimizer': SCHEDULED},
+    'a schedule; use plain sgd there',
+  ),
+  ({'sparsity.solver.name': 'lu'}, "solver.name is 'lu'; known: cg, neumann"),
+  ({'sparsity.solver.tolerance': 0.0}, 'sparsity.solver has tolerance 0.0'),
   ({'sparsity.coefficient': 'learn'}, "sparsity.coefficient is 'learn'; known: none"),
   ({'sparsity.coefficient': 'fixed'}, 'sparsity.value is 0.0; a fixed λ has to be'),
   ({'sparsity.hypergradient': 'back'}, "sparsity.hypergradient is 'back'; known"),

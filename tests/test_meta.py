@@ -13,7 +13,7 @@ import msp
 from msp import groups as gr
 from msp.adaptation import adapt
 from msp.errors import UserError
-from msp.hypergradient import hypergradient, meta_gradients
+from msp.hypergradient import Solver, hypergradient, meta_gradients
 
 K = 2
 
@@ -299,6 +299,112 @@ def test_all_groups_dead_gives_a_finite_zero():
       assert hypergradient(outer, inner, params, jnp.asarray(1e3), mode=mode)[1] == 0
 
 
+@pytest.mark.parametrize('solver', ['cg', 'neumann'])
+@pytest.mark.parametrize('entries', [1, 2])
+def test_implicit_is_the_derivative_of_the_converged_solution(solver, entries):
+  loss, params, batches, _ = toy()
+  params['backbone']['d'] = {'kernel': jnp.ones((3, 2))}
+  both = lambda p, b: (
+    loss(p, b)[0]
+    + 0.5 * jnp.sum((p['backbone']['d']['kernel'] - b.reshape(3, 2)) ** 2)
+    + 0.3 * jnp.sum(p['backbone']['c']['kernel'] * p['backbone']['d']['kernel']),
+    None,
+  )
+  groups = gr.find(params, granularity='scalar' if entries == 1 else 'layer')
+  tx = optax.chain(optax.sgd(0.2), msp.proximal('group_lasso', groups, 0.2))
+  steps = jnp.broadcast_to(batches[0], (400, 6))
+  solve = lambda p, r: adapt(both, p, steps, tx, sparsity=jnp.exp(r))[0]
+  once = lambda p, r: adapt(both, p, batches[:1], tx, sparsity=jnp.exp(r))[0]
+  outer = lambda p: sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(p))
+  rho = jnp.log(jnp.asarray(0.6 if entries == 1 else [0.8, 0.3]))
+  solved = solve(params, rho)
+  dead = gr.sparsity(groups, solved).groups
+  assert 0 < dead < 1
+  value, got = hypergradient(
+    outer,
+    solve,
+    params,
+    rho,
+    mode='implicit',
+    last=once,
+    solver=Solver(solver, tolerance=1e-9, max_iterations=500),
+  )
+  assert value == outer(solved)
+  for i in range(entries):
+    direction = jnp.eye(entries)[i].reshape(rho.shape)
+    wanted = central(lambda t, d=direction: outer(solve(params, rho + t * d)), 0, 1e-5)
+    assert abs(wanted) > 1e-3
+    np.testing.assert_allclose(got.reshape(-1)[i], wanted, rtol=1e-5)
+
+
+def test_implicit_stops_at_its_tolerance():
+  loss, params, batches, _ = toy()
+  groups = gr.find(params)
+  tx = optax.chain(optax.sgd(0.1), msp.proximal('group_lasso', groups, 0.1))
+  steps = jnp.broadcast_to(batches[0], (400, 6))
+  solve = lambda p, r: adapt(loss, p, steps, tx, sparsity=jnp.exp(r))[0]
+  once = lambda p, r: adapt(loss, p, batches[:1], tx, sparsity=jnp.exp(r))[0]
+  outer = lambda p: jnp.sum(jnp.sin(p['backbone']['c']['kernel']))
+  at = lambda **options: hypergradient(
+    outer,
+    solve,
+    params,
+    jnp.log(0.4),
+    mode='implicit',
+    last=once,
+    solver=Solver(**options),
+  )[1]
+  for name in ('cg', 'neumann'):
+    exact = at(name=name, tolerance=1e-10, max_iterations=1000)
+    errors = [
+      abs(at(name=name, tolerance=tolerance, max_iterations=1000) / exact - 1)
+      for tolerance in (0.5, 0.1, 1e-4)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-3
+    assert at(name=name, tolerance=1e-10, max_iterations=1) != exact
+
+
+def test_truncated_sees_the_last_steps():
+  loss, params, batches, _ = toy()
+  batches = jnp.concatenate([batches, batches + 1])
+  groups = gr.find(params)
+  tx = optax.chain(optax.sgd(0.1), msp.proximal('group_lasso', groups, 0.1))
+  part = lambda a, b: lambda p, r: adapt(loss, p, batches[a:b], tx, sparsity=jnp.exp(r))
+  rho, total = jnp.log(0.3), len(batches)
+  hold_out = lambda p: (jnp.sum(jnp.sin(p['backbone']['c']['kernel'])), None)
+  query = lambda p: loss(p, batches[0])
+  whole = meta_gradients(part(0, total), query, hold_out, params, rho, exact=True)
+  errors = []
+  for k in range(1, total + 1):
+    early, last = part(0, total - k), part(total - k, total)
+    got = meta_gradients(
+      early, query, hold_out, params, rho, exact=True, mode='truncated', last=last
+    )
+    middle = early(params, rho)[0]
+    np.testing.assert_allclose(got.hold_out[0], whole.hold_out[0], rtol=1e-12)
+    wanted = jax.grad(lambda r: hold_out(last(middle, r)[0])[0])(rho)  # noqa: B023
+    np.testing.assert_allclose(got.rho, wanted, rtol=1e-12)
+    # In θ⁰ the earlier steps are the identity.
+    wanted = jax.grad(lambda p: query(last(p, rho)[0])[0])(middle)  # noqa: B023
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-10), got.params, wanted
+    )
+    assert len(got.logs[0]) == total
+    simple = hypergradient(
+      lambda p: hold_out(p)[0],
+      lambda p, r, early=early: early(p, r)[0],
+      params,
+      rho,
+      mode='truncated',
+      last=lambda p, r, last=last: last(p, r)[0],
+    )
+    np.testing.assert_allclose(simple[1], got.rho, rtol=1e-12)
+    errors.append(abs(got.rho - whole.rho))
+  assert errors[0] > errors[1] > errors[2] > errors[3]
+  assert errors[3] < 1e-12
+
+
 def test_first_order_is_the_gradient_at_the_adapted_point():
   loss, params, batches, _ = toy()
   tx = optax.sgd(0.1)
@@ -319,6 +425,18 @@ def test_refusals():
   loss, params, batches, _ = toy()
   with pytest.raises(UserError, match='unknown hypergradient'):
     hypergradient(None, None, params, jnp.zeros(()), mode='backward')
+  with pytest.raises(UserError, match='needs `last`'):
+    hypergradient(None, None, params, jnp.zeros(()), mode='implicit')
+  with pytest.raises(UserError, match='unknown solver'):
+    hypergradient(
+      None,
+      None,
+      params,
+      jnp.zeros(()),
+      mode='implicit',
+      last=lambda p, r: p,
+      solver=Solver('lu'),
+    )
   with pytest.raises(TypeError, match='not in its batches'):
     jax.grad(
       lambda b: jax.tree.leaves(adapt(loss, params, b, optax.sgd(0.1))[0])[0].sum()

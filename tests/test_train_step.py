@@ -19,7 +19,7 @@ import msp
 from msp import episodes
 from msp import groups as gr
 from msp import tasks as task_module
-from msp.hypergradient import online, zero_tangent
+from msp.hypergradient import Solver, online, zero_tangent
 from msp.models import multitask
 from msp.objectives import Objective, make_twin
 from msp.train_state import TrainState
@@ -282,12 +282,12 @@ def test_without_a_coefficient_it_is_the_limit_of_a_small_one(metric):
   np.testing.assert_allclose(metrics['lambda'], 1e3)
 
 
-def by_hand(p, data, rho, lambda_max, steps):
-  """Both gradients of an episode of all tasks, by differentiating straight code."""
+def straight_code(p, data, lambda_max):
+  """Loss of a part of the data, and the inner loop, as straight code."""
   inner = inner_optimizer(p.groups)
   loss = lambda params, part: total_loss(p, params, data[part], tuple(p.tasks))[0]
 
-  def adapted(params, rho):
+  def adapted(params, rho, steps):
     opt_state = inner.init(params)
     for _ in range(steps):
       grads = jax.grad(loss)(params, 'support')
@@ -297,7 +297,13 @@ def by_hand(p, data, rho, lambda_max, steps):
       params = optax.apply_updates(params, updates)
     return params
 
-  final, pull_back = jax.vjp(adapted, p.params, rho)
+  return loss, adapted
+
+
+def by_hand(p, data, rho, lambda_max, steps):
+  """Both gradients of an episode of all tasks."""
+  loss, adapted = straight_code(p, data, lambda_max)
+  final, pull_back = jax.vjp(lambda p, r: adapted(p, r, steps), p.params, rho)
   gradient = pull_back(jax.grad(loss)(final, 'query'))[0]
   return gradient, pull_back(jax.grad(loss)(final, 'hold_out'))[1]
 
@@ -339,6 +345,42 @@ def test_meta_step_is_what_differentiating_straight_code_gives(straight, unroll)
   close(state.params, optax.apply_updates(p.params, updates), 1e-9)
   close(state.opt_state, opt_state, 1e-9)
   assert moved(state.params['log_vars'], p.params['log_vars'])
+
+
+def test_truncated_and_implicit_hypergradients_in_the_step():
+  p = problem(('smiling',))
+  rho_optimizer, coefficient = learned()
+  lambda_max = coefficient['lambda_max']
+  loss, adapted = straight_code(p, batches(), lambda_max)
+
+  def truncated(rho):
+    middle = adapted(p.params, rho, 1)
+    final, pull_back = jax.vjp(lambda r: adapted(middle, r, 1), rho)
+    return pull_back(jax.grad(loss)(final, 'hold_out'))[0]
+
+  def implicit(rho):  # one term of the Neumann series
+    final = adapted(p.params, rho, 2)
+    _, pull_back = jax.vjp(lambda p, r: adapted(p, r, 1), final, rho)
+    g = jax.grad(loss)(final, 'hold_out')
+    return pull_back(jax.tree.map(jnp.add, g, pull_back(g)[0]))[1]
+
+  outer = prox_adamw(p.groups)
+  got = {}
+  for mode, wanted in (('truncated', truncated), ('implicit', implicit)):
+    step = p.step(
+      outer,
+      inner=inner_optimizer(p.groups),
+      inner_steps=2,
+      exact=False,
+      rho_optimizer=rho_optimizer,
+      hypergradient=mode,
+      truncation=1,
+      solver=Solver('neumann', tolerance=1e-9, max_iterations=1),
+    )
+    _, metrics = step(p.state(outer, **coefficient), batches(), KEY)
+    got[mode] = metrics['hypergradient']
+    close(got[mode], jit(wanted)(coefficient['rho']), 1e-9)
+  assert abs(got['truncated'] / got['implicit'] - 1) > 1e-3
 
 
 def first_order(p, outer, **kwargs):
