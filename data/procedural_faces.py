@@ -345,11 +345,10 @@ class _Painting:
     if part is None:
       return
     inside = field < 0
-    if erase == 'all':
-      self.masks &= ~inside
-    else:
-      for hidden in erase:
-        self.masks[_PART[hidden]] &= ~inside
+    if erase:
+      outside = ~inside
+      for mask in self.masks if erase == 'all' else [self.masks[_PART[p]] for p in erase]:
+        mask &= outside
     self.masks[_PART[part]] |= inside
 
 
@@ -478,7 +477,7 @@ def _paint_hair_before(painting, face, x, y, outline) -> None:
   painting.paint(field, colour, part='hair', erase='all')
 
 
-def _paint_head(painting, face, x, y) -> Field:
+def _paint_head(painting, x, y, face) -> Field:
   """Ears and the skin of the face; returns the distance to the face."""
   for part, side in (('l_ear', -1), ('r_ear', 1)):
     # The ear that the head turns away from goes behind it.
@@ -512,7 +511,7 @@ def _sides(face: Face) -> tuple[tuple[str, int, float], ...]:
   )
 
 
-def _paint_features(painting, face, x, y, head) -> None:
+def _paint_features(painting, x, y, face, head) -> None:
   """Cheeks, wrinkles, eyes, brows, nose, beard and mouth."""
   x = x - 0.15 * face.yaw
   on_face = lambda field: np.maximum(field, head)
@@ -768,16 +767,10 @@ def paint_face(
     painting.image[:, in_front] = kept
     painting.masks[[_PART['neck'], _PART['neck_l']]] = neck
     painting.masks[_PART['hair']] &= ~in_front
-  head = _paint_head(painting, face, x, y)
-  visible = head < 0.1
-  rows, columns = _extent(visible.any(1)), _extent(visible.any(0))
-  _paint_features(
-    painting.window(rows, columns),
-    face,
-    x[rows, columns],
-    y[rows, columns],
-    head[rows, columns],
-  )
+  wide, high = face.width + 0.2, face.height + 0.15
+  around_head = _near(painting, x, y, -wide, wide, -high, high)
+  head = _paint_head(*around_head, face)
+  _paint_features(*around_head, face, head)
   if face.earrings:
     _paint_earrings(painting, face, x, y)
   if not face.bald:
@@ -801,11 +794,6 @@ def paint_face(
   seen = painting.masks.any((1, 2))
   masks = {PARTS[i]: painting.masks[i] for i in np.flatnonzero(seen)}
   return _to_bytes(image), masks
-
-
-def _extent(used: np.ndarray) -> slice:
-  indices = np.flatnonzero(used)
-  return slice(indices[0], indices[-1] + 1)
 
 
 def _to_bytes(image: np.ndarray) -> np.ndarray:
