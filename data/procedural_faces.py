@@ -347,8 +347,8 @@ class _Painting:
     inside = field < 0
     if erase:
       outside = ~inside
-      for mask in self.masks if erase == 'all' else [self.masks[_PART[p]] for p in erase]:
-        mask &= outside
+      for hidden in _PART if erase == 'all' else erase:
+        self.masks[_PART[hidden]] &= outside
     self.masks[_PART[part]] |= inside
 
 
