@@ -73,7 +73,7 @@ def base() -> ConfigDict:
   config.sparsity.penalty_options.mix = config_dict.placeholder(float)  # sparse group
   config.sparsity.penalty_options.gamma = config_dict.placeholder(float)  # MCP
   config.sparsity.penalty_options.a = config_dict.placeholder(float)  # SCAD
-  config.sparsity.axis = 'in'  # 'in' | 'out' | 'weight'
+  config.sparsity.axis = 'in'  # 'in' | 'out' | 'weight' | 'coupled'
   config.sparsity.pattern = r'backbone/.*kernel'
   config.sparsity.granularity = 'scalar'  # 'scalar' | 'stage' | 'layer'
   config.sparsity.metric = 'adam'  # of the outer prox: 'adam' | 'euclidean'

@@ -1,15 +1,17 @@
 """What a group is: decided once, used by penalty, prox, λ_max and report alike.
 
 Kernels are stored `(..., in, out)`. A group is one input channel, one output
-channel or one single weight of one matched kernel; its weight in the penalty is
-√n_g, n_g the number of its entries.
+channel or one single weight of one matched kernel, or everything that one channel of
+the activations touches ('coupled'): the output channels of the kernels that write it,
+scale and bias of the norms behind them, and the input channels of the kernels that
+read it. Its weight in the penalty is √n_g, n_g the number of its entries.
 """
 
 import logging
 import math
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +21,43 @@ from msp.errors import UserError
 logger = logging.getLogger(__name__)
 
 PyTree = Any
-AXES = {'in': -2, 'out': -1, 'weight': None}
+# Coupled groups are handled as matrices (channels, n_g).
+AXES = {'in': -2, 'out': -1, 'weight': None, 'coupled': 0}
+
+
+class Stream(Protocol):
+  """Activations that share their channels; see `msp.models.multitask.streams`."""
+
+  name: str
+  writers: tuple[str, ...]
+  norms: tuple[str, ...]
+  readers: tuple[str, ...]
 
 
 class Groups(NamedTuple):
   """The groups of a parameter tree: static, hashable, independent of values.
 
   Attributes:
-    axis: 'in' (an input channel), 'out' (an output channel) or 'weight'.
+    axis: 'in' (an input channel), 'out' (an output channel), 'weight' or 'coupled'.
     layers: paths of the matched kernels, such as
-      'backbone/layer1_0/conv1/kernel', in the order of the tree.
+      'backbone/layer1_0/conv1/kernel', in the order of the tree; of coupled groups
+      the streams, such as 'backbone/layer1/sum', in the order of the network.
     entries: for each layer the entry of a coefficient vector that it uses
       (all 0 for a scalar λ; the stage's or the layer's own number otherwise).
     names: one name for each entry of the coefficient vector.
+    members: of coupled groups, for each layer the (path, axis of the channels) of all
+      arrays that its groups extend over.
   """
 
   axis: str
   layers: tuple[str, ...]
   entries: tuple[int, ...]
   names: tuple[str, ...]
+  members: tuple[tuple[tuple[str, int], ...], ...] = ()
 
   @property
   def array_axis(self) -> int | None:
-    """Axis of a kernel that counts groups; None if each weight is one."""
+    """Axis of what `select` returns that counts groups; None: each weight is one."""
     return AXES[self.axis]
 
 
@@ -55,15 +71,18 @@ def find(
   pattern: str = r'backbone/.*kernel',
   axis: str = 'in',
   granularity: str = 'scalar',
+  streams: Sequence[Stream] = (),
 ) -> Groups:
   """Finds the kernels whose path matches `pattern`; logs them at level debug.
 
   Args:
     params: tree of arrays or `jax.ShapeDtypeStruct`s.
     pattern: regular expression that must match a leaf's whole path.
-    axis: 'in' | 'out' | 'weight'.
+    axis: 'in' | 'out' | 'weight' | 'coupled'.
     granularity: 'scalar' (one λ), 'stage' (one for each second component of
       the paths, up to its '_': 'layer1_0' belongs to 'layer1') or 'layer'.
+    streams: of 'coupled', from `msp.models.multitask.streams`. Of their kernels those
+      count that match `pattern`, of their norms those of matched writers.
 
   Returns:
     The groups.
@@ -71,7 +90,7 @@ def find(
   Raises:
     UserError: unknown axis or granularity, a pattern that is no regular
       expression, that matches nothing, or that matches a leaf with fewer than
-      two dimensions.
+      two dimensions; 'coupled' without streams of the matched kernels.
   """
   if axis not in AXES:
     raise UserError(f'sparsity axis {axis!r} is not one of {", ".join(AXES)}')
@@ -101,6 +120,20 @@ def find(
       )
     logger.debug('groups: %s %s by %s', name, leaf.shape, axis)
   layers = tuple(name for name, _ in matched)
+  members = ()
+  if axis == 'coupled':
+    paths = {path_name(path) for path, _ in leaves}
+    coupled = {
+      f'backbone/{stream.name}': found
+      for stream in streams
+      if (found := _members(stream, set(layers), paths))
+    }
+    if not coupled:
+      raise UserError(
+        f'coupled groups need the streams of a network, and none of them has a '
+        f'kernel that matches {pattern!r}'
+      )
+    layers, members = tuple(coupled), tuple(coupled.values())
   if granularity == 'scalar':
     keys = ['all'] * len(layers)
   elif granularity == 'stage':
@@ -112,7 +145,18 @@ def find(
       f'sparsity granularity {granularity!r} is not one of scalar, stage, layer'
     )
   names = tuple(dict.fromkeys(keys))
-  return Groups(axis, layers, tuple(names.index(k) for k in keys), names)
+  return Groups(axis, layers, tuple(names.index(k) for k in keys), names, members)
+
+
+def _members(stream, matched, paths):
+  """(path, axis) of what a stream's channels extend over."""
+  written = [
+    ((path, -1), (f'{norm}/scale', 0), (f'{norm}/bias', 0))
+    for path, norm in zip(stream.writers, stream.norms, strict=True)
+    if path in matched
+  ]
+  found = [member for trio in written for member in trio if member[0] in paths]
+  return (*found, *((path, -2) for path in stream.readers if path in matched))
 
 
 def short_name(layer: str) -> str:
@@ -121,11 +165,55 @@ def short_name(layer: str) -> str:
 
 
 def select(groups: Groups, tree: PyTree) -> dict[str, jax.Array]:
-  """The leaves of `tree` that are grouped, by path, in the groups' order."""
-  named = {
+  """The leaves of `tree` that are grouped, by path, in the groups' order.
+
+  Of coupled groups a matrix (channels, n_g) for each stream. A layer of which `tree`
+  lacks a leaf is left out.
+  """
+  named = by_path(tree)
+  if groups.axis != 'coupled':
+    return {layer: named[layer] for layer in groups.layers if layer in named}
+  return {
+    layer: gather(members, named)
+    for layer, members in zip(groups.layers, groups.members, strict=True)
+    if all(path in named for path, _ in members)
+  }
+
+
+def by_path(tree: PyTree) -> dict[str, jax.Array]:
+  """The leaves of a tree by their paths."""
+  return {
     path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
-  return {layer: named[layer] for layer in groups.layers if layer in named}
+
+
+def gather(
+  members: Sequence[tuple[str, int]], leaves: Mapping[str, jax.Array]
+) -> jax.Array:
+  """Coupled groups as a matrix (channels, n_g), a row for each channel."""
+  return jnp.concatenate(
+    [
+      jnp.moveaxis(leaves[path], axis, 0).reshape(leaves[path].shape[axis], -1)
+      for path, axis in members
+    ],
+    axis=1,
+  )
+
+
+def scatter(
+  members: Sequence[tuple[str, int]],
+  matrix: jax.Array,
+  leaves: Mapping[str, jax.Array],
+) -> dict[str, jax.Array]:
+  """`leaves` with the entries of a stream's groups put in; undoes `gather`."""
+  changed, start = dict(leaves), 0
+  for path, axis in members:
+    shape = jnp.moveaxis(leaves[path], axis, 0).shape
+    stop = start + math.prod(shape[1:])
+    part = matrix[:, start:stop].reshape(shape)
+    changed[path] = jnp.moveaxis(part, 0, axis)
+    start = stop
+  return changed
 
 
 def replace(tree: PyTree, leaves: Mapping[str, jax.Array]) -> PyTree:
@@ -255,6 +343,9 @@ def sparsity(groups: Groups, params: PyTree) -> Sparsity:
   leaves = select(groups, params)
   masks = alive(groups, params)
   dead = sum(jnp.sum(~mask) for mask in masks.values())
+  if groups.axis == 'coupled':  # a kernel is in two streams
+    named = by_path(params)
+    leaves = {path: named[path] for m in groups.members for path, _ in m}
   zeros = sum(jnp.sum(leaf == 0) for leaf in leaves.values())
   return Sparsity(
     groups=dead / sum(mask.size for mask in masks.values()),

@@ -154,13 +154,16 @@ def allowed(objective: Objective, twin: Twin) -> jax.Array:
 def removed(objective: Objective, groups: gr.Groups, params: PyTree) -> jax.Array:
   """The share that is gone: of groups, of weights, or of FLOPs; shape ().
 
-  The FLOPs of a convolution are 2 · (non-zero kernel entries by group) · positions.
+  The FLOPs of a convolution are 2 · (non-zero kernel entries by group) · positions; of
+  coupled groups those between input and output channels that are both alive.
   """
   counted = gr.sparsity(groups, params)
   if objective.measure == 'groups':
     return counted.groups
   if objective.measure == 'weights':
     return counted.weights
+  if groups.axis == 'coupled':
+    return _removed_flops_coupled(objective, groups, params)
   kernels = gr.select(groups, params)
   cost = jnp.array(
     [kernels[name].size * objective.positions[name] for name in groups.layers],
@@ -168,6 +171,24 @@ def removed(objective: Objective, groups: gr.Groups, params: PyTree) -> jax.Arra
   )
   totals = jnp.array(list(gr.totals(groups, params).values()), jnp.float32)
   return 1 - jnp.sum(cost * counted.alive / totals) / jnp.sum(cost)
+
+
+def _removed_flops_coupled(objective, groups, params):
+  alive = gr.alive(groups, params)
+  at = {
+    member: alive[layer]
+    for layer, members in zip(groups.layers, groups.members, strict=True)
+    for member in members
+  }
+  kernels = {path: x for path, x in gr.by_path(params).items() if (path, -1) in at}
+  left, total = 0.0, 0.0
+  for path, kernel in kernels.items():
+    cost = float(kernel.size * objective.positions[path])
+    # The image, or a stream without a group, has all its channels.
+    inputs = jnp.mean(at.get((path, -2), jnp.ones(1)), dtype=jnp.float32)
+    left += cost * inputs * jnp.mean(at[path, -1], dtype=jnp.float32)
+    total += cost
+  return 1 - left / total
 
 
 def signal(

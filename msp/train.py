@@ -91,7 +91,13 @@ def build(
   sparsity = config.sparsity
   options = {k: v for k, v in sparsity.penalty_options.items() if v is not None}
   penalty = get_penalty(sparsity.penalty, **options)
-  groups = gr.find(abstract, sparsity.pattern, sparsity.axis, sparsity.granularity)
+  groups = gr.find(
+    abstract,
+    sparsity.pattern,
+    sparsity.axis,
+    sparsity.granularity,
+    multitask.streams(model),
+  )
   has_coefficient = sparsity.coefficient != 'none'
   learned = sparsity.coefficient == 'learned'
   objective = _objective(config, model, shape, hold_out_images)

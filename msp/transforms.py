@@ -185,6 +185,8 @@ def _check_step(penalty, learning_rate):
 
 def _proximal_updates(prox, groups, params, updates, sparsity, min_alive):
   """prox(p + u) − p on the grouped leaves, u on all others."""
+  if groups.axis == 'coupled':
+    return _coupled_updates(prox, groups, params, updates, sparsity, min_alive)
   axis = groups.array_axis
   coefficients = gr.coefficients(groups, sparsity)
   incoming = gr.select(groups, updates)
@@ -195,6 +197,28 @@ def _proximal_updates(prox, groups, params, updates, sparsity, min_alive):
     z = _protect(x, prox(layer, x, coefficients[layer]), axis, min_alive)
     outgoing[layer] = (z - p).astype(incoming[layer].dtype)
   return gr.replace(updates, outgoing)
+
+
+def _coupled_updates(prox, groups, params, updates, sparsity, min_alive):
+  """The same for groups that overlap: the prox of each stream, one after the other.
+
+  A kernel is in the groups of the stream it reads and in those of the one it writes.
+  What this computes differs from the prox of the sum by O((αλ)²) (an incremental
+  proximal step: Bertsekas, arXiv 1507.01030); zeros stay zeros.
+  """
+  coefficients = gr.coefficients(groups, sparsity)
+  before, incoming = gr.by_path(params), gr.by_path(updates)
+  grouped = {path for members in groups.members for path, _ in members}
+  x = {path: before[path] + u for path, u in incoming.items() if path in grouped}
+  for layer, members in zip(groups.layers, groups.members, strict=True):
+    if not all(path in x for path, _ in members):  # inside `masked` or `partition`
+      continue
+    matrix = gr.gather(members, x)
+    z = _protect(matrix, prox(layer, matrix, coefficients[layer]), 0, min_alive)
+    x = gr.scatter(members, z, x)
+  return gr.replace(
+    updates, {path: (x[path] - before[path]).astype(x[path].dtype) for path in x}
+  )
 
 
 def _protect(x, z, axis, min_alive):

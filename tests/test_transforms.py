@@ -42,7 +42,7 @@ def test_find_names_axes_and_stages():
 @pytest.mark.parametrize(
   ('kwargs', 'message'),
   [
-    ({'axis': 'channel'}, 'not one of in, out, weight'),
+    ({'axis': 'channel'}, 'not one of in, out, weight, coupled'),
     ({'pattern': 'nothing/.*'}, 'matches no parameter'),
     ({'pattern': '('}, 'no regular expression'),
     ({'pattern': 'backbone/.*'}, 'has shape'),

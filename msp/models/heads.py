@@ -13,6 +13,17 @@ from msp.models.normalization import norm_layer
 _ATROUS_RATES = (12, 24, 36)
 
 
+# Kernels that read the features.
+READERS = {
+  'dense': (
+    'point_conv',
+    *(f'atrous{rate}_conv' for rate in _ATROUS_RATES),
+    'pool_conv',
+  ),
+  'classification': ('conv',),
+}
+
+
 class DenseHead(nn.Module):
   """DeepLab-v3 head: atrous spatial pyramid pooling, one output per pixel.
 

@@ -11,9 +11,10 @@ from jax import lax
 
 from msp.errors import UserError
 from msp.models import convolution
-from msp.models.heads import ClassificationHead, DenseHead
+from msp.models.heads import READERS, ClassificationHead, DenseHead
 from msp.models.normalization import NORMS
-from msp.models.resnet import DEPTHS, EXPANSION, ResNet
+from msp.models.resnet import DEPTHS, EXPANSION, ResNet, Stream
+from msp.models.resnet import streams as backbone_streams
 
 HEADS = ('dense', 'classification')
 DTYPES = ('float32', 'bfloat16', 'float64')
@@ -194,6 +195,30 @@ def positions(model: MultiTask, image_shape: Sequence[int]) -> dict[str, int]:
   for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(outputs, image)):
     layer = jax.tree_util.keystr(path, simple=True, separator='/').split('/__call__')[0]
     found[f'backbone/{layer}/kernel'] = leaf.shape[1] * leaf.shape[2]
+  return found
+
+
+def streams(model: MultiTask) -> list[Stream]:
+  """Which parameters share their channels, from the stem to the heads.
+
+  Args:
+    model: from `build`.
+
+  Returns:
+    The streams of the backbone, the last one also read by the heads. Paths are those
+    of the parameters: 'backbone/layer1_0/conv1/kernel', of norms their module's.
+  """
+  at = lambda names, end: tuple(f'backbone/{name}{end}' for name in names)
+  found = [
+    Stream(s.name, at(s.writers, '/kernel'), at(s.norms, ''), at(s.readers, '/kernel'))
+    for s in backbone_streams(model.backbone.kind, model.backbone.blocks)
+  ]
+  readers = tuple(
+    f'heads/{task}/{reader}/kernel'
+    for task, head in model.heads.items()
+    for reader in READERS['dense' if isinstance(head, DenseHead) else 'classification']
+  )
+  found[-1] = found[-1]._replace(readers=found[-1].readers + readers)
   return found
 
 

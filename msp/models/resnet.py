@@ -1,6 +1,7 @@
 """Dilated ResNet-D backbones, output stride 8."""
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,6 +28,23 @@ _STAGE_DILATIONS = (1, 1, 2, 4)
 def scaled(channels: int, width: float) -> int:
   """Channels times the width multiplier: a multiple of 4, at least 4."""
   return max(4, 4 * round(channels * width / 4))
+
+
+class Stream(NamedTuple):
+  """Activations that share their channels, and everything with an axis of them.
+
+  Attributes:
+    name: the convolution that writes it, such as 'layer1_0/conv1', or 'layer1/sum',
+      what the blocks of a stage add to.
+    writers: paths of the kernels whose output channels it has.
+    norms: paths of the normalisations behind them, in the same order.
+    readers: paths of the kernels whose input channels it has.
+  """
+
+  name: str
+  writers: tuple[str, ...]
+  norms: tuple[str, ...]
+  readers: tuple[str, ...]
 
 
 class Block(nn.Module):
@@ -142,3 +160,40 @@ class ResNet(nn.Module):
           name=f'layer{stage + 1}_{i}',
         )(x, train)
     return x
+
+
+def streams(kind: str, blocks: tuple[int, int, int, int]) -> list[Stream]:
+  """The streams of a ResNet, in the order of the network; paths as in its parameters.
+
+  Args:
+    kind: of the blocks, 'basic' or 'bottleneck'.
+    blocks: number of blocks in each stage.
+
+  Returns:
+    Three streams of the stem, then of each stage those inside its blocks and the sum
+    of its blocks. The last one is what heads read.
+  """
+  inside = 1 if kind == 'basic' else 2
+  found = [
+    Stream(f'stem_conv{i}', (f'stem_conv{i}',), (f'stem_norm{i}',), readers)
+    for i, readers in ((1, ('stem_conv2',)), (2, ('stem_conv3',)), (3, ()))
+  ]
+  for stage, count in enumerate(blocks, 1):
+    layers = [f'layer{stage}_{i}' for i in range(count)]
+    entrance = (f'{layers[0]}/conv1', f'{layers[0]}/shortcut_conv')
+    found[-1] = found[-1]._replace(readers=found[-1].readers + entrance)
+    for layer in layers:
+      for i in range(1, inside + 1):
+        conv = f'{layer}/conv{i}'
+        found.append(
+          Stream(conv, (conv,), (f'{layer}/norm{i}',), (f'{layer}/conv{i + 1}',))
+        )
+    found.append(
+      Stream(
+        f'layer{stage}/sum',
+        (f'{layers[0]}/shortcut_conv', *(f'{x}/conv{inside + 1}' for x in layers)),
+        (f'{layers[0]}/shortcut_norm', *(f'{x}/norm{inside + 1}' for x in layers)),
+        tuple(f'{x}/conv1' for x in layers[1:]),
+      )
+    )
+  return found
