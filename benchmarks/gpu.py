@@ -1,0 +1,177 @@
+"""One accelerator: step times, share of its matmul ceiling, and peak memory.
+
+  python -m benchmarks.gpu                 # NYU-like and CelebA-like heads
+  python -m benchmarks.gpu --torch         # PyTorch's K = 0 step, too (CUDA)
+
+ResNet-50-D at 256 x 256, batch 16, bfloat16: the K = 0 step with Adam-metric prox and
+the first-order K = 5 meta-step. TFLOP are those of XLA's cost analysis of the same
+step with its loops unrolled, before optimisation; the ceiling is a large bfloat16
+matmul in the same process. Medians of --rounds rounds.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.speed import Label
+from configs import common
+from msp import train
+
+HEADS = {
+  'NYU-like': {'a': 40, 'b': 1, 'c': 13},
+  'CelebA-like': {'a': 3, 'male': 0, 'smiling': 0},
+}
+
+
+def labels(heads):
+  found = {}
+  for name, outputs in heads.items():
+    kind = {0: 'attribute', 1: 'edges'}.get(outputs, 'segmentation')
+    classes = tuple(str(i) for i in range(max(outputs, 2 - outputs)))
+    found[name] = Label(kind, classes)
+  return found
+
+
+def make_batch(heads, size, batch):
+  rng = np.random.default_rng(0)
+  arrays = {
+    'image': rng.random((batch, size, size, 3), np.float32),
+    'valid': np.ones(batch, bool),
+  }
+  for name, outputs in heads.items():
+    shape = (batch, size, size) if outputs else batch
+    values = rng.integers(0, max(outputs, 2), shape)
+    arrays[name] = values.astype(np.float32 if outputs == 1 else np.int32)
+  return arrays
+
+
+def make_config(heads, size, batch, steps):
+  config = common.base()
+  config.tasks = tuple(heads)
+  config.data.image_size = (size, size)
+  config.train.batch_size = batch
+  config.model.dtype = 'bfloat16'
+  config.sparsity.coefficient = 'learned' if steps else 'fixed'
+  config.sparsity.value = 1e-6
+  config.meta.inner_steps = steps
+  config.meta.episodes = 'full'
+  config.meta.exact = False
+  return config
+
+
+def timed(call, rounds):
+  times = []
+  for i in range(rounds + 2):
+    start = time.perf_counter()
+    call()
+    if i > 1:
+      times.append(time.perf_counter() - start)
+  return statistics.median(times)
+
+
+def ceiling(rounds, n=8192):
+  """TFLOP/s of an n x n x n bfloat16 matmul."""
+  x = jnp.ones((n, n), jnp.bfloat16)
+  multiply = jax.jit(lambda a: a @ a)
+  return 2 * n**3 / timed(lambda: multiply(x).block_until_ready(), rounds) / 1e12
+
+
+def lower(config, heads, batches):
+  experiment = train.build(config, labels(heads))
+  state = jax.eval_shape(experiment.init, jax.random.key(0), batches['query'])
+  step = jax.jit(experiment.train_step, donate_argnums=0)
+  return experiment, step.lower(state, batches, jax.random.key(0))
+
+
+def flops(config, heads, batches):
+  """TFLOP of a step: a loop's body would be counted once, so none is left."""
+  config = config.copy_and_resolve_references()
+  config.meta.unroll = 'yes'
+  return lower(config, heads, batches)[1].cost_analysis()['flops'] / 1e12
+
+
+def measure(name, heads, steps, size, batch, rounds, peak):
+  config = make_config(heads, size, batch, steps)
+  arrays = make_batch(heads, size, batch)
+  batches = {'query': arrays}
+  if steps:
+    batches |= {'support': arrays, 'hold_out': arrays}
+  work = flops(config, heads, batches)
+  experiment, lowered = lower(config, heads, batches)
+  start = time.perf_counter()
+  compiled = lowered.compile()
+  seconds = time.perf_counter() - start
+  batches = jax.tree.map(jnp.asarray, batches)
+  kept = [jax.jit(experiment.init)(jax.random.key(0), batches['query'])]
+
+  def call():
+    kept[0], metrics = compiled(kept[0], batches, jax.random.key(0))
+    jax.block_until_ready((kept[0], metrics))
+
+  median = timed(call, rounds)
+  memory = (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0) / 2**30
+  print(
+    f'| {name}, K = {steps} | {seconds:.0f} | {1e3 * median:.0f} | {work:.2f} | '
+    f'{work / median:.0f} | {100 * work / median / peak:.0f} % | {memory:.1f} |',
+    flush=True,
+  )
+
+
+def peer(heads, size, batch, rounds):
+  """PyTorch's K = 0 step: backbone once, Adam, no prox, bfloat16 autocast."""
+  import torch
+
+  from benchmarks import torch_peer
+
+  outputs = [n for n in heads.values() if n]
+  network = torch_peer.Network(outputs).cuda().to(memory_format=torch.channels_last)
+  optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
+  image = torch.rand(batch, 3, size, size, device='cuda')
+  image = image.to(memory_format=torch.channels_last)
+  targets = [
+    torch.randint(0, max(n, 2), (batch, size // 8, size // 8), device='cuda')
+    for n in outputs
+  ]
+
+  def call():
+    with torch.autocast('cuda', torch.bfloat16):
+      torch_peer.training_step(network, optimizer, image, targets, 0.0, prox=False)
+    torch.cuda.synchronize()
+
+  median = timed(call, rounds)
+  memory = torch.cuda.max_memory_allocated() / 2**30
+  print(
+    f'| PyTorch, no prox, K = 0 | – | {1e3 * median:.0f} | – | – | – | {memory:.1f} |'
+  )
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--rounds', type=int, default=10)
+  parser.add_argument('--size', type=int, default=256)
+  parser.add_argument('--batch', type=int, default=16)
+  parser.add_argument('--torch', action='store_true')
+  arguments = parser.parse_args()
+  if jax.default_backend() == 'cpu':
+    sys.exit('error: JAX sees no accelerator; benchmarks/speed.py is for the CPU')
+  peak = ceiling(arguments.rounds)
+  print(
+    f'{jax.devices()[0].device_kind}: matmul ceiling {peak:.0f} TFLOP/s, bfloat16\n'
+  )
+  print('| step | compile s | ms | TFLOP | TFLOP/s | of the ceiling | peak GiB |')
+  print('|---|---|---|---|---|---|---|')
+  size, batch, rounds = arguments.size, arguments.batch, arguments.rounds
+  for name, heads in HEADS.items():
+    for steps in (0, 5):
+      measure(name, heads, steps, size, batch, rounds, peak)
+  if arguments.torch:
+    peer(HEADS['NYU-like'], size, batch, rounds)
+
+
+if __name__ == '__main__':
+  main()
