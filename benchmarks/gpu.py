@@ -145,9 +145,7 @@ def peer(heads, size, batch, rounds):
 
   median = timed(call, rounds)
   memory = torch.cuda.max_memory_allocated() / 2**30
-  print(
-    f'| PyTorch, no prox, K = 0 | – | {1e3 * median:.0f} | – | – | – | {memory:.1f} |'
-  )
+  print(f'| PyTorch, no prox | – | {1e3 * median:.0f} | – | – | – | {memory:.1f} |')
 
 
 def main():
