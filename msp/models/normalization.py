@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 NORMS = ('batch', 'group')
 
-_EPSILON = 1e-5
+EPSILON = 1e-5
 _MOMENTUM = 0.9  # PyTorch's 0.1
 
 
@@ -54,7 +54,7 @@ class BatchNorm(nn.Module):
       running_var.value = _move(running_var.value, unbiased)
     else:
       mean, var = running_mean.value, running_var.value
-    gain = scale * lax.rsqrt(var + _EPSILON)
+    gain = scale * lax.rsqrt(var + EPSILON)
     y = (x - _per_channel(mean)) * _per_channel(gain) + _per_channel(bias)
     return y.astype(self.dtype)
 
@@ -106,7 +106,7 @@ class GroupNorm(nn.Module):
     axes = (1, 2, 4)
     mean = jnp.mean(grouped, axes, keepdims=True)
     var = jnp.mean((grouped - mean) ** 2, axes, keepdims=True)
-    y = ((grouped - mean) * lax.rsqrt(var + _EPSILON)).reshape(x.shape)
+    y = ((grouped - mean) * lax.rsqrt(var + EPSILON)).reshape(x.shape)
     return (y * _per_channel(scale) + _per_channel(bias)).astype(self.dtype)
 
 

@@ -30,6 +30,22 @@ def scaled(channels: int, width: float) -> int:
   return max(4, 4 * round(channels * width / 4))
 
 
+class Shape(NamedTuple):
+  """What is left of a network's channels; empty: everything. Hashable.
+
+  Attributes:
+    widths: (stream, channels) where they are not those of `ResNet.width`.
+    gathers: (kernel, channels of its stream that it reads), positions among those the
+      stream has, where a convolution reads some of them only.
+  """
+
+  widths: tuple[tuple[str, int], ...] = ()
+  gathers: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+
+WHOLE = Shape()
+
+
 class Stream(NamedTuple):
   """Activations that share their channels, and everything with an axis of them.
 
@@ -56,47 +72,56 @@ class Block(nn.Module):
 
   Attributes:
     kind: 'basic' (two 3×3) or 'bottleneck' (1×1, 3×3, 1×1 four times as wide).
-    features: channels of the 3×3 convolution.
+    features: channels of each of its convolutions.
     stride: of the block.
     dilation: of its 3×3 convolutions.
     shortcut: whether the shortcut is a convolution.
     norm: 'batch' or 'group'.
     dtype: of the computation.
     implementation: of the convolutions, 'lax' or 'matmul'.
+    gathers: convolutions that read some of the channels before them: (name, which).
   """
 
   kind: str
-  features: int
+  features: tuple[int, ...]
   stride: int
   dilation: int
   shortcut: bool
   norm: str
   dtype: DTypeLike
   implementation: str
+  gathers: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Maps (B, H, W, I) to (B, ⌈H/stride⌉, ⌈W/stride⌉, O)."""
     conv = functools.partial(Conv, dtype=self.dtype, implementation=self.implementation)
     norm = norm_layer(self.norm, self.dtype)
-    features = self.features * EXPANSION[self.kind]
-    spatial = functools.partial(conv, self.features, dilation=self.dilation)
+    spatial = functools.partial(conv, dilation=self.dilation)
+    read = lambda name, x: _gather(x, dict(self.gathers).get(name))
     if self.kind == 'basic':
-      y = spatial(stride=self.stride, name='conv1')(x)
+      first, last = self.features
+      y = spatial(first, stride=self.stride, name='conv1')(read('conv1', x))
       y = nn.relu(norm(name='norm1')(y, train))
-      y = spatial(name='conv2')(y)
+      y = spatial(last, name='conv2')(read('conv2', y))
       y = norm(name='norm2')(y, train)
     else:
-      y = conv(self.features, size=1, name='conv1')(x)
+      first, middle, last = self.features
+      y = conv(first, size=1, name='conv1')(read('conv1', x))
       y = nn.relu(norm(name='norm1')(y, train))
-      y = spatial(stride=self.stride, name='conv2')(y)
+      y = spatial(middle, stride=self.stride, name='conv2')(read('conv2', y))
       y = nn.relu(norm(name='norm2')(y, train))
-      y = conv(features, size=1, name='conv3')(y)
+      y = conv(last, size=1, name='conv3')(read('conv3', y))
       y = norm(name='norm3')(y, train)
     if self.shortcut:
-      x = conv(features, size=1, stride=self.stride, name='shortcut_conv')(x)
+      x = read('shortcut_conv', x)
+      x = conv(last, size=1, stride=self.stride, name='shortcut_conv')(x)
       x = norm(name='shortcut_norm')(x, train)
     return nn.relu(x + y)
+
+
+def _gather(x: jax.Array, channels: tuple[int, ...] | None) -> jax.Array:
+  return x if channels is None else jnp.take(x, jnp.array(channels), axis=-1)
 
 
 class ResNet(nn.Module):
@@ -118,6 +143,7 @@ class ResNet(nn.Module):
     norm: 'batch' or 'group'.
     dtype: of the computation; parameters and norm statistics are float32.
     implementation: of the convolutions, 'lax' or 'matmul'.
+    shape: what `msp.compact` has left of it.
   """
 
   kind: str = 'bottleneck'
@@ -126,6 +152,7 @@ class ResNet(nn.Module):
   norm: str = 'batch'
   dtype: DTypeLike = jnp.float32
   implementation: str = 'lax'
+  shape: Shape = WHOLE
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -141,23 +168,34 @@ class ResNet(nn.Module):
     """
     conv = functools.partial(Conv, dtype=self.dtype, implementation=self.implementation)
     norm = norm_layer(self.norm, self.dtype)
+    widths, gathers = dict(self.shape.widths), dict(self.shape.gathers)
     for i, (channels, stride) in enumerate(((64, 2), (64, 1), (128, 1)), 1):
-      features = scaled(channels, self.width)
+      features = widths.get(f'stem_conv{i}', scaled(channels, self.width))
+      x = _gather(x, gathers.get(f'stem_conv{i}'))
       x = conv(features, stride=stride, name=f'stem_conv{i}')(x)
       x = nn.relu(norm(name=f'stem_norm{i}')(x, train))
     x = max_pool(x, window=3, padding=1)
     for stage in range(4):
+      features = scaled(_STAGE_WIDTHS[stage], self.width)
+      total = widths.get(f'layer{stage + 1}/sum', features * EXPANSION[self.kind])
       for i in range(self.blocks[stage]):
+        name = f'layer{stage + 1}_{i}'
+        inside = ('conv1',) if self.kind == 'basic' else ('conv1', 'conv2')
         x = Block(
           kind=self.kind,
-          features=scaled(_STAGE_WIDTHS[stage], self.width),
+          features=(*(widths.get(f'{name}/{c}', features) for c in inside), total),
           stride=_STAGE_STRIDES[stage] if i == 0 else 1,
           dilation=_STAGE_DILATIONS[stage],
           shortcut=i == 0,
           norm=self.norm,
           dtype=self.dtype,
           implementation=self.implementation,
-          name=f'layer{stage + 1}_{i}',
+          gathers=tuple(
+            (path.removeprefix(f'{name}/'), channels)
+            for path, channels in self.shape.gathers
+            if path.startswith(f'{name}/')
+          ),
+          name=name,
         )(x, train)
     return x
 

@@ -1,0 +1,170 @@
+"""Physical removal of dead channels: a smaller network with the same outputs."""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from msp import groups as gr
+from msp.errors import UserError
+from msp.models import multitask
+from msp.models.normalization import EPSILON
+from msp.models.resnet import Shape, Stream
+
+PyTree = Any
+
+
+class Compact(NamedTuple):
+  """A compacted network.
+
+  Attributes:
+    model: with the remaining widths.
+    params: θ.
+    batch_stats: running statistics.
+  """
+
+  model: multitask.MultiTask
+  params: PyTree
+  batch_stats: PyTree
+
+
+def compact(model: multitask.MultiTask, params: PyTree, batch_stats: PyTree) -> Compact:
+  """Removes the channels that change no output, with all that writes or reads them.
+
+  A channel of a stream (see `multitask.streams`) is removed from its writers, their
+  norms and its readers if nothing reads it (every reader's input channel is exactly
+  zero), or if it is silent (every writer's output channel is exactly zero and the
+  norm behind it leaves nothing above 0, which the ReLU removes). Removing one can make
+  others unread or silent, so this goes on until nothing changes. A channel that some
+  readers of a residual sum need and others do not stays, and the others gather what
+  they read. A stream inside a block keeps one channel, needed or not.
+
+  With group normalisation channels of one group share their statistics, so none is
+  removed; readers still gather.
+
+  Outputs in evaluation mode are those of the given network, up to the order of sums.
+  The result is a network as any other: it can be trained on and compacted again.
+
+  Args:
+    model: the network; may be compact already.
+    params: θ, with exact zeros.
+    batch_stats: running statistics; decide what a norm leaves of a zero.
+
+  Returns:
+    The compact network, as NumPy arrays.
+
+  Raises:
+    UserError: a stream that every output passes through is dead; names it.
+  """
+  params, batch_stats = jax.device_get((params, batch_stats))
+  leaves, stats = gr.by_path(params), gr.by_path(batch_stats)
+  streams = multitask.streams(model)
+  gathers = {f'backbone/{n}/kernel': c for n, c in model.backbone.shape.gathers}
+  sizes = {s.name: leaves[s.writers[0]].shape[-1] for s in streams}
+  # The channel of its stream that each input row of a kernel multiplies.
+  rows = {
+    reader: np.array(gathers.get(reader, range(sizes[s.name])))
+    for s in streams
+    for reader in s.readers
+  }
+  graph = _Graph(streams, leaves, stats, rows)
+  kept = {name: np.ones(size, bool) for name, size in sizes.items()}
+  if model.backbone.norm == 'batch':
+    _remove(graph, kept)
+  present = {name: mask.copy() for name, mask in kept.items()}
+  for mask in present.values():
+    mask[0] |= not mask.any()
+
+  new_gathers = {}
+  inputs, outputs = {}, {}
+  for s in streams:
+    channels = np.flatnonzero(present[s.name])
+    outputs |= dict.fromkeys(s.writers, channels)
+    for reader in s.readers:
+      # Heads have no gather: they read all there is.
+      whole = reader.startswith('heads/')
+      used = np.flatnonzero(present[s.name] if whole else graph.reads(reader, kept))
+      position = np.searchsorted(channels, rows[reader][used])
+      inputs[reader] = used
+      if not len(used):  # a convolution has to have an input; it multiplies it by 0
+        position = np.zeros(1, int)
+      if len(position) < len(channels):
+        name = reader.removeprefix('backbone/').removesuffix('/kernel')
+        new_gathers[name] = tuple(map(int, position))
+  new, new_stats = dict(leaves), dict(stats)
+  for path in inputs.keys() | outputs.keys():
+    kernel = leaves[path]
+    if path in inputs:
+      kernel = kernel[..., inputs[path], :]
+    if path in outputs:
+      kernel = kernel[..., outputs[path]]
+    if not kernel.shape[-2]:
+      kernel = np.zeros((*kernel.shape[:-2], 1, kernel.shape[-1]), kernel.dtype)
+    new[path] = kernel
+  for s in streams:
+    for norm in s.norms:
+      for tree, names in ((new, ('scale', 'bias')), (new_stats, ('mean', 'var'))):
+        for path in (f'{norm}/{name}' for name in names):
+          if path in tree:
+            tree[path] = tree[path][present[s.name]]
+  shape = Shape(
+    tuple((s.name, int(present[s.name].sum())) for s in streams),
+    tuple(sorted(new_gathers.items())),
+  )
+  return Compact(
+    model._replace(backbone=model.backbone.clone(shape=shape)),
+    gr.replace(params, new),
+    gr.replace(batch_stats, new_stats),
+  )
+
+
+class _Graph(NamedTuple):
+  """Who writes and reads what; arrays of the network that is compacted."""
+
+  streams: list[Stream]
+  leaves: dict[str, np.ndarray]
+  stats: dict[str, np.ndarray]
+  rows: dict[str, np.ndarray]
+
+  def _stream(self, kernel, end):
+    return next((s for s in self.streams if kernel in getattr(s, end)), None)
+
+  def _alive(self, kernel, kept):
+    """Non-zero entries between channels that are kept, as (rows, outputs), bool."""
+    alive = (self.leaves[kernel] != 0).any((0, 1))
+    source, target = self._stream(kernel, 'readers'), self._stream(kernel, 'writers')
+    if source is not None:
+      alive = alive & kept[source.name][self.rows[kernel]][:, None]
+    return alive if target is None else alive & kept[target.name]
+
+  def reads(self, kernel, kept):
+    """Which input rows of a kernel matter, (rows,) bool."""
+    return self._alive(kernel, kept).any(1)
+
+  def writes(self, kernel, norm, kept):
+    """Which channels it and its norm make other than a constant ≤ 0, (O,) bool."""
+    scale, bias = self.leaves[f'{norm}/scale'], self.leaves[f'{norm}/bias']
+    mean, var = self.stats[f'{norm}/mean'], self.stats[f'{norm}/var']
+    constant = -mean * (scale / np.sqrt(var + np.float32(EPSILON))) + bias
+    return self._alive(kernel, kept).any(0) | (constant > 0)
+
+
+def _remove(graph, kept):
+  """Lowers `kept` until every channel is both written and read."""
+  before = -1
+  while (now := sum(int(mask.sum()) for mask in kept.values())) != before:
+    before = now
+    for s in graph.streams:
+      used, written = np.zeros_like(kept[s.name]), np.zeros_like(kept[s.name])
+      for reader in s.readers:
+        used[graph.rows[reader][graph.reads(reader, kept)]] = True
+      for writer, norm in zip(s.writers, s.norms, strict=True):
+        written |= graph.writes(writer, norm, kept)
+      kept[s.name] &= used & written
+  for s in graph.streams:
+    # Around the inside of a block there is the shortcut.
+    if not kept[s.name].any() and '/conv' not in s.name:
+      raise UserError(
+        f'all channels of {s.name} are dead: no output depends on the image any more. '
+        f'Train with a survival floor (sparsity.min_alive of at least 1) or a smaller λ'
+      )

@@ -1,0 +1,230 @@
+"""Compacted networks give the outputs of the ones they came from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msp import groups as gr
+from msp.compact import compact
+from msp.errors import UserError
+from msp.models import multitask
+from msp.models.resnet import Shape
+
+HEADS = {'regions': ('dense', 3), 'smiling': ('classification', 1)}
+SIZE = (24, 32)
+
+
+def build(block, blocks, norm='batch', shape=None):
+  model = multitask.build(
+    HEADS,
+    blocks=blocks,
+    block=block,
+    width=0.125,
+    norm=norm,
+    head_features=8,
+    dropout=0.0,
+    convolution_implementation='lax',
+  )
+  if shape is not None:
+    model = model._replace(backbone=model.backbone.clone(shape=shape))
+  return model
+
+
+def draw(model, seed):
+  """Parameters and running statistics of no particular network."""
+  params, stats = jax.jit(lambda key: multitask.init(model, key, (*SIZE, 3)))(
+    jax.random.key(seed)
+  )
+  rng = np.random.default_rng(seed)
+  noise = lambda x, low, high: x + rng.uniform(low, high, x.shape).astype(np.float32)
+  params = gr.replace(
+    params,
+    {
+      path: noise(leaf, -0.5, 0.5)
+      for path, leaf in gr.by_path(params).items()
+      if path.endswith(('scale', 'bias'))
+    },
+  )
+  return jax.device_get(params), jax.tree.map(lambda x: noise(x, 0.1, 0.6), stats)
+
+
+def outputs(model, params, stats):
+  images = jax.random.uniform(jax.random.key(9), (2, *SIZE, 3))
+  run = jax.jit(lambda p, s, x: multitask.apply(model, p, s, x, train=False)[0])
+  return run(params, stats, images)
+
+
+def agree(model, params, stats, result):
+  wanted = outputs(model, params, stats)
+  got = outputs(*result)
+  for name in wanted:
+    np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, atol=1e-5)
+  assert np.std(wanted['regions']) > 1e-3  # there is something to compare
+  return result
+
+
+def size(params):
+  return sum(x.size for x in jax.tree.leaves(params['backbone']))
+
+
+def kill_inputs(params, share, seed, spare=()):
+  """Zeroes a share of the input channels of every backbone kernel."""
+  rng = np.random.default_rng(seed)
+  dead = {}
+  for path, kernel in gr.by_path(params).items():
+    if path.startswith('backbone/') and path.endswith('kernel') and path not in spare:
+      kernel = np.array(kernel)
+      count = kernel.shape[-2]
+      # At least one survives, as with the survival floor.
+      chosen = rng.permutation(count)[: min(round(share * count), count - 1)]
+      kernel[..., chosen, :] = 0
+      dead[path] = kernel
+  return gr.replace(params, dead)
+
+
+@pytest.mark.parametrize('block', ['basic', 'bottleneck'])
+@pytest.mark.parametrize('share', [0.0, 0.5, 1.0])
+def test_dead_input_channels(block, share):
+  model = build(block, (1, 2, 1, 1))
+  params, stats = draw(model, 0)
+  params = kill_inputs(params, share, 1)
+  result = agree(model, params, stats, compact(model, params, stats))
+  if share == 0:
+    assert size(result.params) == size(params)
+    assert not result.model.backbone.shape.gathers
+    assert jax.tree.all(jax.tree.map(np.array_equal, (params, stats), result[1:]))
+  else:
+    assert size(result.params) < (1 - 0.6 * share) * size(params)
+    # No kernel keeps an input channel of zeros, but for one where all are dead.
+    for path, kernel in gr.by_path(result.params['backbone']).items():
+      if path.endswith('kernel') and kernel.shape[-2] > 1 and 'stem_conv1' not in path:
+        assert (kernel != 0).any((0, 1, 3)).all(), path
+
+
+@pytest.mark.parametrize('block', ['basic', 'bottleneck'])
+def test_dead_output_channels_and_coupled_groups(block):
+  model = build(block, (2, 1, 1, 1))
+  params, stats = draw(model, 2)
+  rng = np.random.default_rng(3)
+  for with_norm in (False, True):
+    leaves = {p: np.array(x) for p, x in gr.by_path(params).items()}
+    for s in multitask.streams(model):
+      count = leaves[s.writers[0]].shape[-1]
+      dead = rng.permutation(count)[: count // 2]
+      for writer, norm in zip(s.writers, s.norms, strict=True):
+        leaves[writer][..., dead] = 0
+        if with_norm:
+          leaves[f'{norm}/scale'][dead] = 0
+          leaves[f'{norm}/bias'][dead] = 0
+    sparse = gr.replace(params, leaves)
+    result = agree(model, sparse, stats, compact(model, sparse, stats))
+    if with_norm:  # else what the norms add keeps most of them
+      widths = dict(result.model.backbone.shape.widths)
+      for s in multitask.streams(model):
+        count = leaves[s.writers[0]].shape[-1]
+        assert widths[s.name] == count - count // 2
+      # The heads read less, too.
+      assert sum(x.size for x in jax.tree.leaves(result.params['heads'])) < sum(
+        x.size for x in jax.tree.leaves(params['heads'])
+      )
+
+
+def test_a_norm_that_lifts_a_zero_keeps_its_channel():
+  model = build('basic', (1, 1, 1, 1))
+  params, stats = draw(model, 4)
+  leaves = {p: np.array(x) for p, x in gr.by_path(params).items()}
+  kernel = leaves['backbone/layer2_0/conv1/kernel']
+  kernel[..., :3] = 0
+  norm = 'backbone/layer2_0/norm1'
+  leaves[f'{norm}/scale'][:3] = 0
+  leaves[f'{norm}/bias'][:3] = [-0.5, 0.0, 0.5]
+  params = gr.replace(params, leaves)
+  result = agree(model, params, stats, compact(model, params, stats))
+  widths = dict(result.model.backbone.shape.widths)
+  assert widths['layer2_0/conv1'] == kernel.shape[-1] - 2
+
+
+def test_a_chain_of_dead_layers_is_followed_to_its_end():
+  """conv2 of a bottleneck writes only what nobody reads, so conv1 is unread, too."""
+  model = build('bottleneck', (2, 1, 1, 1))
+  params, stats = draw(model, 5)
+  leaves = {p: np.array(x) for p, x in gr.by_path(params).items()}
+  leaves['backbone/layer1_1/conv3/kernel'][:] = 0
+  params = gr.replace(params, leaves)
+  result = agree(model, params, stats, compact(model, params, stats))
+  widths = dict(result.model.backbone.shape.widths)
+  assert widths['layer1_1/conv1'] == widths['layer1_1/conv2'] == 1
+  assert result.params['backbone']['layer1_1']['conv1']['kernel'].shape[-2] == 1
+
+
+def test_group_norm_keeps_its_channels_and_gathers():
+  model = build('basic', (1, 1, 1, 1), 'group')
+  params, stats = draw(model, 6)
+  params = kill_inputs(params, 0.5, 7)
+  result = agree(model, params, stats, compact(model, params, stats))
+  before = multitask.build(HEADS, blocks=(1, 1, 1, 1), block='basic', width=0.125)
+  widths = dict(result.model.backbone.shape.widths)
+  assert widths['layer4/sum'] == before.backbone.width * 512
+  # Also inside blocks, where a gather has to read what the norm has mixed.
+  assert size(result.params) < 0.6 * size(params)
+
+
+@pytest.mark.parametrize('stream', ['stem_conv2', 'layer2/sum'])
+def test_a_cut_network_is_refused(stream):
+  model = build('basic', (1, 1, 1, 1))
+  params, stats = draw(model, 8)
+  (s,) = (s for s in multitask.streams(model) if s.name == stream)
+  dead = {r: np.zeros_like(gr.by_path(params)[r]) for r in s.readers}
+  with pytest.raises(UserError, match=r'all channels of \S+ are dead: .*min_alive'):
+    compact(model, gr.replace(params, dead), stats)
+
+
+def test_compacted_again_after_training_on():
+  model = build('bottleneck', (2, 1, 1, 1))
+  params, stats = draw(model, 10)
+  once = agree(
+    model, params := kill_inputs(params, 0.4, 11), stats, compact(model, params, stats)
+  )
+  again = compact(*once)
+  assert size(again.params) == size(once.params)
+  jax.tree.map(np.testing.assert_array_equal, once.params, again.params)
+  # Zeros stay where they are in what is trained on; others join them.
+  moved = jax.tree.map(lambda x: x * 1.1, once.params)
+  moved = kill_inputs(moved, 0.3, 12)
+  twice = agree(
+    once.model, moved, once.batch_stats, compact(once.model, moved, once.batch_stats)
+  )
+  assert size(twice.params) < 0.9 * size(once.params)
+
+
+def test_a_compact_network_is_a_network():
+  """Its shape alone says what to initialise, and a training step's gradient exists."""
+  model = build('basic', (1, 1, 1, 1))
+  params, stats = draw(model, 13)
+  result = compact(model, kill_inputs(params, 0.5, 14), stats)
+  rebuilt = build('basic', (1, 1, 1, 1), shape=result.model.backbone.shape)
+  shapes = jax.eval_shape(
+    lambda key: multitask.init(rebuilt, key, (*SIZE, 3)), jax.random.key(0)
+  )
+  assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(
+    lambda x: x.shape, (result.params, result.batch_stats)
+  )
+  hash(result.model.backbone.shape)
+
+  def loss(params):
+    out, _ = multitask.apply(
+      rebuilt,
+      params,
+      result.batch_stats,
+      jax.random.uniform(jax.random.key(1), (2, *SIZE, 3)),
+      train=True,
+      key=jax.random.key(0),
+    )
+    return sum(jnp.sum(jnp.sin(x)) for x in out.values())
+
+  grads = jax.jit(jax.grad(loss))(result.params)
+  assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+  positions = multitask.positions(rebuilt, (*SIZE, 3))
+  assert positions == multitask.positions(model, (*SIZE, 3))
+  assert isinstance(result.model.backbone.shape, Shape)
