@@ -19,7 +19,7 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where the run is kept; runs/<name of the configuration> if unset.'
 )
 _MODE = flags.DEFINE_enum(
-  'mode', 'train', ['train', 'evaluate', 'report', 'prepare'], 'What to do.'
+  'mode', 'train', ['train', 'evaluate', 'compact', 'report', 'prepare'], 'What to do.'
 )
 _SKIP_CORRUPT = flags.DEFINE_bool(
   'skip_corrupt', False, 'Leave unreadable files out of the data set, and count them.'
@@ -66,6 +66,9 @@ def main(argv: list[str]) -> None:
       print(f'prepared: {path}')
     elif _MODE.value == 'report':
       print(f'report: {report.write(workdir)}')
+    elif _MODE.value == 'compact':
+      path = train.compact_run(config, workdir)
+      print(f'compact: {path}' if path else 'no dead channel: nothing to remove')
     elif _MODE.value == 'evaluate':
       train.evaluate_run(config, workdir)
       print(f'evaluation: {workdir / "evaluation.json"}')

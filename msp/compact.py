@@ -1,5 +1,8 @@
 """Physical removal of dead channels: a smaller network with the same outputs."""
 
+import json
+import zipfile
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +13,7 @@ from msp.errors import UserError
 from msp.models import multitask
 from msp.models.normalization import EPSILON
 from msp.models.resnet import Shape, Stream
+from msp.workdir import write as write_file
 
 PyTree = Any
 
@@ -168,3 +172,89 @@ def _remove(graph, kept):
         f'all channels of {s.name} are dead: no output depends on the image any more. '
         f'Train with a survival floor (sparsity.min_alive of at least 1) or a smaller λ'
       )
+
+
+def difference(a: Compact, b: Compact, images: np.ndarray) -> float:
+  """Largest difference of the outputs in evaluation mode, relative to their scale.
+
+  Args:
+    a: one network, its outputs give the scale: the largest magnitude of each.
+    b: another one.
+    images: (B, H, W, 3) in [0, 1].
+  """
+
+  def outputs(network):
+    run = jax.jit(
+      lambda p, s, x: multitask.apply(network.model, p, s, x, train=False)[0]
+    )
+    return jax.device_get(run(network.params, network.batch_stats, images))
+
+  one, other = outputs(a), outputs(b)
+  return max(
+    float(np.abs(one[name] - other[name]).max() / np.abs(one[name]).max())
+    for name in one
+  )
+
+
+def write(folder: Path, result: Compact) -> None:
+  """Writes a compact network: `shape.json` and the arrays, `arrays.npz`.
+
+  Args:
+    folder: created; an earlier network in it is replaced.
+    result: from `compact`.
+
+  Raises:
+    UserError: the folder cannot be written to.
+  """
+  shape = result.model.backbone.shape
+  arrays = {
+    f'{kind}/{path}': np.asarray(leaf)
+    for kind, tree in (('params', result.params), ('batch_stats', result.batch_stats))
+    for path, leaf in gr.by_path(tree).items()
+  }
+  content = json.dumps({'widths': dict(shape.widths), 'gathers': dict(shape.gathers)})
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / 'arrays.npz', lambda f: np.savez(f, **arrays))
+    write_file(folder / 'shape.json', lambda f: f.write(content.encode()))
+  except OSError as e:
+    raise UserError(f'cannot write to {folder}: {e.strerror}') from None
+
+
+def read(folder: Path, model: multitask.MultiTask) -> Compact:
+  """Reads what `write` wrote.
+
+  Args:
+    folder: of the compact network.
+    model: the network it was before, from the same configuration.
+
+  Raises:
+    UserError: there is none, it is damaged, or of another network.
+  """
+  try:
+    shape = json.loads((folder / 'shape.json').read_text())
+    with np.load(folder / 'arrays.npz') as file:
+      arrays = dict(file)
+  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+    raise UserError(
+      f'no compact network in {folder} ({e}); make one with --mode compact'
+    ) from None
+  shape = Shape(
+    tuple(shape['widths'].items()),
+    tuple((name, tuple(channels)) for name, channels in shape['gathers'].items()),
+  )
+  model = model._replace(backbone=model.backbone.clone(shape=shape))
+  trees = []
+  abstract = jax.eval_shape(
+    lambda key: multitask.init(model, key, (32, 32, 3)), jax.random.key(0)
+  )
+  for kind, tree in zip(('params', 'batch_stats'), abstract, strict=True):
+    wanted = {f'{kind}/{path}': leaf.shape for path, leaf in gr.by_path(tree).items()}
+    for path, needed in wanted.items():
+      if path not in arrays or arrays[path].shape != needed:
+        raise UserError(
+          f'compact network in {folder} is of another network: {path} is '
+          f'{arrays[path].shape if path in arrays else "absent"}, not {needed}'
+        )
+    trees.append(gr.replace(tree, {p: arrays[f'{kind}/{p}'] for p in gr.by_path(tree)}))
+  return Compact(model, *trees)

@@ -10,6 +10,10 @@ that of a dense one, its twin, which is trained beside it on the same batches.
 For the last two, λ is the multiplier of R in "loss + λ R" and ρ does dual ascent: it
 rises while the constraint is slack and falls while it is violated. A vector ρ keeps
 the hold-out loss as the tie-break between its entries.
+
+What died at a large λ does not come back at a smaller one that would never have killed
+it: the living groups have taken its place. So if λ has come far down under `tolerance`
+and the constraint is still violated, the network becomes its twin again (`restore`).
 """
 
 import math
@@ -30,6 +34,8 @@ MEASURES = ('groups', 'weights', 'flops')
 BUDGET_BAND = 0.05
 # How much of the signal of a vector ρ may come from the tie-break.
 TIE_BREAK = 0.5
+# λ has come far down when it is a fourth of its largest value.
+RESTORE_BELOW = math.log(4)
 
 
 class Objective(NamedTuple):
@@ -69,6 +75,7 @@ class Twin(NamedTuple):
     gap: running means of log(L_t/L_t of the twin) on the same batch, shape (tasks,).
     level: running means of log(L_t of the twin), shape (tasks,).
     spread: running variances of the same, shape (tasks,).
+    peak: largest mean of ρ since the network was last the twin, shape ().
   """
 
   params: PyTree
@@ -78,6 +85,7 @@ class Twin(NamedTuple):
   gap: jax.Array
   level: jax.Array
   spread: jax.Array
+  peak: jax.Array
 
 
 def check(objective: Objective) -> None:
@@ -112,7 +120,7 @@ def make_twin(
   """The twin before the first step: the same network, as buffers of its own."""
   own = jax.tree.map(jnp.copy, (params, opt_state, batch_stats))
   numbers = [jnp.zeros(num_tasks) for _ in range(3)]
-  return Twin(*own, jnp.zeros(num_tasks, jnp.int32), *numbers)
+  return Twin(*own, jnp.zeros(num_tasks, jnp.int32), *numbers, jnp.float32(-jnp.inf))
 
 
 def compare(
@@ -138,6 +146,32 @@ def compare(
     level=twin.level + weight * change,
     spread=(1 - weight) * (twin.spread + weight * change**2),
   )
+
+
+def restore(
+  twin: Twin, violation: jax.Array, rho: jax.Array, current: PyTree
+) -> tuple[Twin, PyTree, jax.Array]:
+  """Makes the network its twin again if λ is far down and still too large.
+
+  That is, if the constraint is violated and mean(ρ) is below its peak since the last
+  time by more than log 4. Gaps and peak then start anew.
+
+  Args:
+    twin: after `compare`.
+    violation: from `tolerance_violation`.
+    rho: ρ of this step.
+    current: (θ⁰, state of its optimiser, running statistics).
+
+  Returns:
+    The twin, the network to go on with, and whether it was restored, shape (), bool.
+  """
+  mean = jnp.mean(rho).astype(twin.peak.dtype)
+  peak = jnp.maximum(twin.peak, mean)
+  restored = (violation > 0) & (mean < peak - RESTORE_BELOW)
+  pick = lambda a, b: jax.tree.map(lambda x, y: jnp.where(restored, x, y), a, b)
+  network = pick((twin.params, twin.opt_state, twin.batch_stats), current)
+  gap, peak = pick((jnp.zeros_like(twin.gap), mean), (twin.gap, peak))
+  return twin._replace(gap=gap, peak=peak), network, restored
 
 
 def allowed(objective: Objective, twin: Twin) -> jax.Array:

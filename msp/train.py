@@ -18,7 +18,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import data
-from msp import episodes, losses, objectives, processes, report, transforms
+from msp import (
+  compact,
+  episodes,
+  losses,
+  measure,
+  objectives,
+  processes,
+  report,
+  transforms,
+)
 from msp import groups as gr
 from msp import tasks as task_module
 from msp import workdir as workdir_module
@@ -499,6 +508,76 @@ def evaluate_run(
   return result
 
 
+def compact_run(
+  config: ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None = None
+) -> Path | None:
+  """Removes the dead channels of a run's latest checkpoint, and measures what is left.
+
+  Writes `compact/` in the work directory: the network (`msp.compact.read`) and its
+  comparison with the one it came from, compact.json and compact.md.
+
+  Args:
+    config: the run's own.
+    workdir: of the run.
+    devices: those to use, all by default.
+
+  Returns:
+    Path of compact.md; None if no channel is dead, and nothing has been written.
+
+  Raises:
+    UserError: no checkpoint, one of another configuration, or one that cuts the
+      network.
+  """
+  if not (workdir / 'checkpoints').is_dir():
+    raise UserError(
+      f'no checkpoint in work directory {workdir}; train first, or name the '
+      f'directory of a run with --workdir'
+    )
+  run = _open(config, devices)
+  with Checkpoints(workdir) as checkpoints:
+    latest = checkpoints.latest_step()
+    if latest is None:
+      raise UserError(f'no complete checkpoint in {workdir / "checkpoints"}')
+    state, _ = checkpoints.restore(latest, run.initial_state(abstract=True))
+  model = run.experiment.model
+  dense = compact.Compact(model, *jax.device_get((state.params, state.batch_stats)))
+  result = compact.compact(*dense)
+  changed = jax.tree.map(jnp.shape, dense.params) != jax.tree.map(
+    jnp.shape, result.params
+  )
+  if not changed:
+    logger.info('step %d has no channel to remove; nothing written', latest)
+    return None
+  batch = next(iter(data.eval_batches(run.splits.val, config.tasks, batch_size=PANELS)))
+  difference = compact.difference(dense, result, batch['image'])
+  logger.info('largest difference of any output: %.1e of its scale', difference)
+  logger.info('measuring; this takes a minute or two')
+  shape = (*config.data.image_size, 3)
+  costs = {
+    size: measure.cost({'dense': dense, 'compact': result}, shape, size)
+    for size in (1, 32)
+  }
+  folder = workdir / 'compact'
+  compact.write(folder, result)
+  text = measure.table(costs, dense, result, shape)
+  text = (
+    f'# {config.name}, step {latest}\n\nLargest difference: {difference:.1e}\n\n{text}'
+  )
+  content = {
+    'step': latest,
+    'difference': difference,
+    'costs': {
+      str(size): {name: cost._asdict() for name, cost in pair.items()}
+      for size, pair in costs.items()
+    },
+  }
+  workdir_module.write(
+    folder / 'compact.json', lambda f: f.write(json.dumps(content, indent=2).encode())
+  )
+  workdir_module.write(folder / 'compact.md', lambda f: f.write(text.encode()))
+  return folder / 'compact.md'
+
+
 class Progress(NamedTuple):
   """What the loop remembers between evaluations; part of a checkpoint."""
 
@@ -756,6 +835,14 @@ class Monitor:
       value = np.asarray(metrics.get(name, 0.0))
       if not np.isfinite(value).all():
         raise FloatingPointError(f'step {step}: {name} is {value}')
+    if metrics.get('restored', False):
+      logger.warning(
+        'step %d: a task is still over its tolerance though λ/λ_max has come down to '
+        '%.2g: what has died does not come back, so training goes on from the dense '
+        'twin',
+        step,
+        float(np.mean(metrics['lambda_relative'])),
+      )
     for (layer, total), alive in zip(
       self._totals.items(), np.asarray(metrics['alive']), strict=True
     ):

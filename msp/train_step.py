@@ -142,7 +142,8 @@ def make_train_step(
     'hold_out'. Metrics are scalars but for 'alive', shape (layers,), int32, and
     'lambda', 'lambda_relative' (λ/λ_max) and 'hypergradient', of ρ's shape.
     'violation' is what drives ρ under a constraint (> 0: λ too large), 'gap/<task>'
-    and 'gap_allowed/<task>' the hold-out loss against the twin's and its bound;
+    and 'gap_allowed/<task>' the hold-out loss against the twin's and its bound,
+    'restored' whether the network has become its twin again;
     'nonfinite' is the position of the first gradient leaf with a NaN or infinity,
     −1 if there is none.
   """
@@ -318,6 +319,11 @@ def make_train_step(
         objective.decay,
       )
       violation = objectives.tolerance_violation(objective, twin)
+      twin, (params, opt_state, stats), restored = objectives.restore(
+        twin, violation, rho, (params, opt_state, stats)
+      )
+      if tangent is not None:
+        tangent = jax.tree.map(lambda z: jnp.where(restored, 0, z), tangent)
     elif learned and objective.kind == 'budget':
       violation = objectives.budget_violation(objective, groups, params)
     if learned:
@@ -349,6 +355,7 @@ def make_train_step(
     if violation is not None:
       metrics['violation'] = violation
     if twin is not None:
+      metrics['restored'] = restored
       limits = objectives.allowed(objective, twin)
       for name, gap, limit in zip(names, twin.gap, limits, strict=True):
         metrics |= {f'gap/{name}': gap, f'gap_allowed/{name}': limit}

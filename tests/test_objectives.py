@@ -62,6 +62,32 @@ def test_tolerance_pushes_towards_the_bound_from_both_sides():
   np.testing.assert_allclose(at(math.log(1.1)), 0.0, atol=1e-6)
 
 
+def test_far_below_its_peak_and_violated_the_network_is_its_twin_again():
+  twin = objectives.make_twin({'w': jnp.ones(2)}, (), {}, 2)
+  current = {'w': jnp.zeros(2)}, (), {}
+
+  def after(twin, violation, rho):
+    return objectives.restore(twin, jnp.asarray(violation), rho, current)
+
+  twin = twin._replace(gap=jnp.ones(2))
+  twin, network, restored = after(twin, 5.0, jnp.array([-1.0, -3.0]))
+  assert not restored  # violated, but λ has only just begun to fall
+  assert twin.peak == -2
+  for violation, rho in ((-0.1, -9.0), (0.1, -2 - math.log(3.9))):
+    kept, network, restored = after(twin, violation, jnp.full(2, rho))
+    assert not restored
+    assert not network[0]['w'].any()
+    assert kept.peak == -2
+    assert kept.gap.all()
+  twin, network, restored = after(twin, 0.1, jnp.full(2, -2 - math.log(4.1)))
+  assert restored
+  assert network[0]['w'].all()
+  assert not twin.gap.any()
+  np.testing.assert_allclose(twin.peak, -2 - math.log(4.1), rtol=1e-6)
+  _, _, restored = after(twin, 0.1, jnp.full(2, -2 - math.log(4.1)))
+  assert not restored
+
+
 def params():
   kernel = lambda shape, dead: jnp.ones(shape).at[:, :, :dead].set(0.0)
   return {

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import data
 from configs import common
-from msp import train, writer
+from msp import compact, train, writer
 from msp.checkpoint import Checkpoints
+from msp.errors import UserError
 
 STEPS, EVALUATE_EVERY = 6, 2
 
@@ -429,6 +431,31 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
   last = rows(tmp_path)[-1]
   assert last['group_sparsity'] > 0.5
   assert last['alive_groups']['layer1_0/conv1'] == 1
+
+  # What has died is removed, and nothing else changes.
+  page = train.compact_run(c, tmp_path, jax.devices()[:1])
+  assert page == tmp_path / 'compact' / 'compact.md'
+  assert '| layer1_0/conv1 | 8 → 1 |' in page.read_text()
+  content = json.loads((tmp_path / 'compact' / 'compact.json').read_text())
+  assert content['step'] == 2
+  assert content['difference'] < 1e-5
+  for pair in content['costs'].values():
+    assert pair['compact']['parameters'] < pair['dense']['parameters']
+    assert pair['compact']['backbone_flops'] < 0.5 * pair['dense']['backbone_flops']
+  experiment = train.build(c, data.labels(c.data.name))
+  small = compact.read(tmp_path / 'compact', experiment.model)
+  assert compact.compact(*small).model.backbone.shape == small.model.backbone.shape
+  arrays = tmp_path / 'compact' / 'arrays.npz'
+  arrays.write_bytes(arrays.read_bytes()[:1000])
+  with pytest.raises(UserError, match='no compact network in'):
+    compact.read(tmp_path / 'compact', experiment.model)
+
+
+def test_a_dense_run_has_nothing_to_remove(finished, faces):
+  workdir, _ = finished
+  before = sorted(path.name for path in workdir.iterdir())
+  assert train.compact_run(config(faces), workdir, jax.devices()[:1]) is None
+  assert sorted(path.name for path in workdir.iterdir()) == before
 
 
 @pytest.mark.slow

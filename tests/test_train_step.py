@@ -712,6 +712,14 @@ def test_the_twin_is_a_dense_run_beside_the_sparse_one():
     )
   assert metrics['group_sparsity'] > 0.2
   assert 'hypergradient' not in metrics
+  assert not metrics['restored']
+  # λ far below its peak and still too large: from here on it is the dense twin.
+  twin = state.twin._replace(peak=state.rho + 2, gap=jnp.ones_like(state.twin.gap))
+  state, metrics = step(state._replace(twin=twin), data, KEY)
+  assert metrics['restored']
+  assert metrics['group_sparsity'] == 0
+  own = state.params, state.opt_state, state.batch_stats
+  same(own, (state.twin.params, state.twin.opt_state, state.twin.batch_stats))
 
 
 def test_a_budget_moves_a_vector_of_coefficients_by_the_hold_out_loss_too():
