@@ -91,7 +91,7 @@ def base() -> ConfigDict:
   config.sparsity.target = 0.5  # of 'budget': the share to remove, of
   config.sparsity.measure = 'groups'  # 'groups' | 'weights' | 'flops'
   # ρ's optimiser under each objective. A hypergradient has no scale of its own; the
-  # signal of a constraint has, and lies in [-1, 1].
+  # signal of a constraint has: it is 0 where the constraint holds exactly.
   bounds = dict(name='bounded', lower=-6.9, upper=0.0)
   follow = dict(name='sgd', learning_rate=0.02)
   config.sparsity.optimizers = ConfigDict()
@@ -100,8 +100,14 @@ def base() -> ConfigDict:
     ConfigDict(follow | dict(momentum=0.9)),
     ConfigDict(bounds),
   ]
-  config.sparsity.optimizers.tolerance = [ConfigDict(follow), ConfigDict(bounds)]
-  config.sparsity.optimizers.budget = [ConfigDict(follow), ConfigDict(bounds)]
+  clip = dict(name='clip', max_delta=1.0)
+  constraint = [ConfigDict(clip), ConfigDict(follow), ConfigDict(bounds)]
+  config.sparsity.optimizers.tolerance = constraint
+  # Groups die tens of steps after λ has grown.
+  config.sparsity.optimizers.budget = [
+    ConfigDict(dict(name='anticipate', horizon=30.0)),
+    *constraint,
+  ]
 
   config.train = ConfigDict()
   config.train.steps = 65_600

@@ -230,18 +230,19 @@ def signal(
 ) -> jax.Array:
   """The "gradient" of ρ: the violation, and the tie-break of a vector ρ.
 
-  clip(violation, −1, 1) for every entry, plus the part of the hypergradient that
-  does not move their mean, scaled to at most `TIE_BREAK`.
+  The violation for every entry, plus the part of the hypergradient that does not move
+  their mean, scaled to at most `TIE_BREAK`.
 
   Args:
-    violation: > 0 if λ is too large, in units of the band of proportional control.
+    violation: > 0 if λ is too large, in units of the band of proportional control; ρ's
+      optimiser clips it.
     rho: ρ, shape () or (n,).
     hypergradient: dL_holdout/dρ, shape of ρ; None for a scalar ρ.
 
   Returns:
     Shape of ρ.
   """
-  common = jnp.broadcast_to(jnp.clip(violation, -1, 1), rho.shape).astype(rho.dtype)
+  common = jnp.broadcast_to(violation, rho.shape).astype(rho.dtype)
   if hypergradient is None:
     return common
   deviation = hypergradient - jnp.mean(hypergradient)

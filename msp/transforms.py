@@ -316,6 +316,48 @@ def bounded(lower: float, upper: float) -> optax.GradientTransformation:
   return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
 
+class AnticipateState(NamedTuple):
+  """State of `anticipate`."""
+
+  count: jax.Array  # updates seen, shape (), int32
+  last: Any  # the update before
+  slope: Any  # running mean of the change from one update to the next
+
+
+def anticipate(horizon: float, decay: float = 0.8) -> optax.GradientTransformation:
+  """Extrapolates updates: u ← u + horizon · s, s the running mean of their change.
+
+  s ← decay·s + (1 − decay)·(u − u of the step before). For a signal that answers late:
+  groups die tens of steps after λ has grown, and a ρ that follows the share of dead
+  groups itself goes far beyond it. (The derivative term of a PD controller.)
+
+  Args:
+    horizon: steps to look ahead.
+    decay: of the running mean.
+
+  Returns:
+    A transform.
+  """
+
+  def init(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return AnticipateState(jnp.zeros([], jnp.int32), zeros, zeros)
+
+  def update(updates, state, params=None):
+    del params
+    seen = state.count > 0  # the first has nothing before it
+    slope = jax.tree.map(
+      lambda u, last, s: decay * s + (1 - decay) * jnp.where(seen, u - last, 0),
+      updates,
+      state.last,
+      state.slope,
+    )
+    ahead = jax.tree.map(lambda u, s: u + horizon * s, updates, slope)
+    return ahead, AnticipateState(optax.safe_increment(state.count), updates, slope)
+
+  return optax.GradientTransformation(init, update)
+
+
 def clip_by_weight_norm(
   max_ratio: float = 1.0, min_norm: float = 1e-3
 ) -> optax.GradientTransformation:
@@ -428,6 +470,7 @@ def _resolve(entry, where, differentiated):
 
 _OWN: dict[str, Callable[..., optax.GradientTransformation]] = {
   'scale_by_mean_magnitude': scale_by_mean_magnitude,
+  'anticipate': anticipate,
   'bounded': bounded,
   'clip_by_weight_norm': clip_by_weight_norm,
 }

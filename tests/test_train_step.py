@@ -708,7 +708,7 @@ def test_the_twin_is_a_dense_run_beside_the_sparse_one():
     assert metrics['gap_allowed/edges'] >= math.log(1.01) * (1 - 1e-6)
     assert np.sign(metrics['violation']) == np.sign(worst)
     np.testing.assert_allclose(
-      state.rho - rhos[-1], -RHO_RATE * np.clip(metrics['violation'], -1, 1), rtol=1e-9
+      state.rho - rhos[-1], -RHO_RATE * metrics['violation'], rtol=1e-9
     )
   assert metrics['group_sparsity'] > 0.2
   assert 'hypergradient' not in metrics
@@ -742,7 +742,7 @@ def test_a_budget_moves_a_vector_of_coefficients_by_the_hold_out_loss_too():
   new, metrics = step(state, batches(), KEY)
   moved_by = new.rho - rho
   gone = gr.sparsity(groups, new.params).groups
-  assert gone < 0.55
-  np.testing.assert_allclose(jnp.mean(moved_by), 1.0, rtol=1e-9)  # all too small
+  assert gone < 0.55  # all λ are too small
+  np.testing.assert_allclose(jnp.mean(moved_by), (0.6 - gone) / 0.05, rtol=1e-6)
   h = metrics['hypergradient']
   assert (moved_by[0] - moved_by[1]) * (h[0] - h[1]) < 0

@@ -322,6 +322,16 @@ def test_scale_by_mean_magnitude_is_robust():
   assert after[0] > 0.4  # the outlier is forgotten at once
 
 
+def test_anticipate_extrapolates_a_ramp_and_leaves_a_constant():
+  tx = transforms.anticipate(10.0, decay=0.5)
+  state = tx.init(jnp.zeros(2))
+  for i in range(40):
+    u, state = tx.update(jnp.array([0.1 * i, 3.0]), state)
+    if i == 0:
+      np.testing.assert_array_equal(u, [0.0, 3.0])
+  np.testing.assert_allclose(u, [0.1 * 39 + 10 * 0.1, 3.0], rtol=1e-5)
+
+
 def test_bounded():
   tx = transforms.bounded(-1.0, 0.0)
   p = jnp.array([-0.9, -0.1])
