@@ -200,6 +200,7 @@ def tiny(config: ConfigDict) -> None:
   config.sparsity.start = 0.01
   config.sparsity.objective = 'tolerance'
   _decay_rho(config, 'holdout', 4e-3)
+  _decay_rho(config, 'budget', 0.05)
   config.train.steps = 420
   config.train.log_every = 5
   config.train.evaluate_every = 60
@@ -210,6 +211,7 @@ def tiny(config: ConfigDict) -> None:
     if config.meta.inner_steps:  # as many query images a step as without them
       config.train.batch_size = 32
     config.loss.edges = 'balanced'
+    config.sparsity.tolerance = 0.05
     _decay_rho(config, 'tolerance', 0.02)
     config.tasks = ('segmentation', 'edges', 'presence_bicyclist')
   else:
