@@ -174,6 +174,63 @@ def _remove(graph, kept):
       )
 
 
+def fold(network: Compact) -> Compact:
+  """Folds batch normalisation into the convolutions before it, for deployment.
+
+  With g = γ/√(σ² + 1e-5): kernel ← kernel · g, and what remains of the norm is a bias
+  β − μ g. The same outputs in evaluation mode; the result is not meant to be trained.
+
+  Args:
+    network: with batch normalisation.
+
+  Returns:
+    The network without running statistics.
+
+  Raises:
+    UserError: group normalisation depends on the picture and cannot be folded.
+  """
+  model, params, batch_stats = network
+  if model.backbone.norm != 'batch':
+    raise UserError(
+      f'{model.backbone.norm} normalisation cannot be folded into convolutions: its '
+      f'statistics are those of the picture'
+    )
+  leaves, stats = gr.by_path(params), gr.by_path(batch_stats)
+  folded = {}
+  for path, scale in leaves.items():
+    norm, _, leaf = path.rpartition('/')
+    if leaf != 'scale':
+      continue
+    parent, _, name = norm.rpartition('/')
+    kernel = f'{parent}/{name.replace("norm", "conv")}/kernel'
+    gain = scale / np.sqrt(stats[f'{norm}/var'] + np.float32(EPSILON))
+    folded[kernel] = leaves[kernel] * gain
+    folded[f'{norm}/bias'] = leaves[f'{norm}/bias'] - stats[f'{norm}/mean'] * gain
+  return Compact(
+    _fold_model(model),
+    _without(gr.replace(params, folded), 'scale'),
+    {'backbone': {}, 'heads': {task: {} for task in model.heads}},
+  )
+
+
+def _fold_model(model):
+  """The same modules with a bias in place of every norm."""
+  fold_one = lambda module: (
+    module.clone(norm='folded') if hasattr(module, 'norm') else module
+  )
+  heads = {task: fold_one(head) for task, head in model.heads.items()}
+  return multitask.MultiTask(fold_one(model.backbone), heads)
+
+
+def _without(tree, name):
+  """A nested dict without the entries of one name."""
+  return {
+    key: _without(value, name) if isinstance(value, dict) else value
+    for key, value in tree.items()
+    if key != name
+  }
+
+
 def difference(a: Compact, b: Compact, images: np.ndarray) -> float:
   """Largest difference of the outputs in evaluation mode, relative to their scale.
 
@@ -212,7 +269,13 @@ def write(folder: Path, result: Compact) -> None:
     for kind, tree in (('params', result.params), ('batch_stats', result.batch_stats))
     for path, leaf in gr.by_path(tree).items()
   }
-  content = json.dumps({'widths': dict(shape.widths), 'gathers': dict(shape.gathers)})
+  content = json.dumps(
+    {
+      'widths': dict(shape.widths),
+      'gathers': dict(shape.gathers),
+      'folded': result.model.backbone.norm == 'folded',
+    }
+  )
   try:
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / 'arrays.npz', lambda f: np.savez(f, **arrays))
@@ -233,17 +296,20 @@ def read(folder: Path, model: multitask.MultiTask) -> Compact:
   """
   try:
     shape = json.loads((folder / 'shape.json').read_text())
-    with np.load(folder / 'arrays.npz') as file:
-      arrays = dict(file)
+    with (folder / 'arrays.npz').open('rb') as file, np.load(file) as content:
+      arrays = dict(content)
   except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
     raise UserError(
       f'no compact network in {folder} ({e}); make one with --mode compact'
     ) from None
+  folded = shape['folded']
   shape = Shape(
     tuple(shape['widths'].items()),
     tuple((name, tuple(channels)) for name, channels in shape['gathers'].items()),
   )
   model = model._replace(backbone=model.backbone.clone(shape=shape))
+  if folded:
+    model = _fold_model(model)
   trees = []
   abstract = jax.eval_shape(
     lambda key: multitask.init(model, key, (32, 32, 3)), jax.random.key(0)

@@ -46,7 +46,8 @@ def cost(
   """Measures networks against each other, in turn, on the default device.
 
   Args:
-    networks: name -> (model, params, batch_stats).
+    networks: name -> (model, params, batch_stats); the same kernels at the same
+      resolutions, of any widths.
     image_shape: (H, W, 3).
     batch_size: images.
     rounds: calls of each that are timed, after two that are not.
@@ -69,10 +70,11 @@ def cost(
       if i > 1:
         times[name].append(time.perf_counter() - start)
   found = {}
-  for name, (model, params, _) in networks.items():
+  model = next(iter(networks.values()))[0]
+  positions = multitask.positions(model, image_shape)  # those of all of them
+  for name, (_, params, _) in networks.items():
     program = programs[name][0]
     leaves = gr.by_path(params)
-    positions = multitask.positions(model, image_shape)
     flops = sum(2 * leaves[path].size * n for path, n in positions.items())
     found[name] = Cost(
       parameters=sum(x.size for x in leaves.values()),
@@ -84,48 +86,56 @@ def cost(
   return found
 
 
-def table(costs, dense, compact, image_shape) -> str:
-  """Markdown: totals of both networks, then their kernels.
+def table(
+  costs: dict[int, dict[str, Cost]],
+  dense: PyTree,
+  compact: PyTree,
+) -> str:
+  """Markdown: totals of every network, then the kernels before and after.
 
   Args:
-    costs: batch size -> {'dense': Cost, 'compact': Cost}.
-    dense: (model, params, batch_stats) before.
-    compact: the same after.
-    image_shape: (H, W, 3).
+    costs: batch size -> name -> its cost; ratios are to the first name.
+    dense: params before.
+    compact: params after; a kernel keeps its path.
   """
-  lines = ['| | dense | compact | ratio |', '|---|---|---|---|']
-  rows = {}
-  for size, pair in costs.items():
-    at = f', batch {size}'
-    if not rows:
-      rows['parameters'] = [float(c.parameters) for c in pair.values()]
-      rows['backbone GFLOP'] = [c.backbone_flops / 1e9 for c in pair.values()]
-      rows['GFLOP by XLA'] = [c.flops / 1e9 for c in pair.values()]
-    rows[f'activations MiB{at}'] = [c.temporaries / 2**20 for c in pair.values()]
-    rows[f'latency ms{at}'] = [1e3 * c.latency for c in pair.values()]
-    rows[f'spread ms{at}'] = [
-      1e3 * (max(c.seconds) - min(c.seconds)) for c in pair.values()
+  names = list(next(iter(costs.values())))
+  lines = [f'| | {" | ".join(names)} |', '|---' * (len(names) + 1) + '|']
+
+  def row(label, values, pattern):
+    cells = [
+      pattern.format(v) + (f' (×{v / values[0]:.2f})' if i and values[0] else '')
+      for i, v in enumerate(values)
     ]
-  for name, (before, after) in rows.items():
-    ratio = f'{after / before:.2f}' if before and 'spread' not in name else ''
-    number = '{:,.0f}' if name == 'parameters' else '{:.3g}'
-    lines.append(
-      f'| {name} | {number.format(before)} | {number.format(after)} | {ratio} |'
+    lines.append(f'| {label} | {" | ".join(cells)} |')
+
+  for i, (size, by_name) in enumerate(costs.items()):
+    found = list(by_name.values())
+    if not i:
+      row('parameters', [c.parameters for c in found], '{:,}')
+      row(
+        'backbone GFLOP an image',
+        [c.backbone_flops / size / 1e9 for c in found],
+        '{:.3g}',
+      )
+      row('all GFLOP an image, by XLA', [c.flops / size / 1e9 for c in found], '{:.3g}')
+    row(
+      f'activations MiB, batch {size}', [c.temporaries / 2**20 for c in found], '{:.3g}'
     )
-  positions = multitask.positions(dense[0], image_shape)
-  before, after = gr.by_path(dense[1]), gr.by_path(compact[1])
-  lines += [
-    '',
-    '| kernel | in | out | parameters | MFLOP, batch 1 |',
-    '|---|---|---|---|---|',
-  ]
-  for path, n in positions.items():
-    old, new = before[path], after[path]
+    row(f'latency ms, batch {size}', [1e3 * c.latency for c in found], '{:.3g}')
+    spread = [
+      f'{1e3 * min(c.seconds):.3g} to {1e3 * max(c.seconds):.3g}' for c in found
+    ]
+    lines.append(f'| fastest to slowest ms | {" | ".join(spread)} |')
+  before, after = gr.by_path(dense), gr.by_path(compact)
+  lines += ['', '| kernel | in | out | parameters |', '|---|---|---|---|']
+  for path, old in before.items():
+    if not path.endswith('kernel') or not path.startswith('backbone/'):
+      continue
+    new = after[path]
     cells = [
       f'{old.shape[-2]} → {new.shape[-2]}',
       f'{old.shape[-1]} → {new.shape[-1]}',
       f'{old.size:,} → {new.size:,}',
-      f'{2e-6 * old.size * n:.3g} → {2e-6 * new.size * n:.3g}',
     ]
     lines.append(f'| {gr.short_name(path)} | {" | ".join(cells)} |')
   return '\n'.join(lines) + '\n'

@@ -484,18 +484,7 @@ def evaluate_run(
   Raises:
     UserError: no checkpoint, or one of another configuration.
   """
-  if not (workdir / 'checkpoints').is_dir():
-    raise UserError(
-      f'no checkpoint in work directory {workdir}; train first, or name the '
-      f'directory of a run with --workdir'
-    )
-  run = _open(config, devices)
-  processes.first_does(lambda: workdir_module.claim(workdir, config))
-  with Checkpoints(workdir) as checkpoints:
-    latest = checkpoints.latest_step()
-    if latest is None:
-      raise UserError(f'no complete checkpoint in {workdir / "checkpoints"}')
-    state, _ = checkpoints.restore(latest, run.initial_state(abstract=True))
+  run, state, latest = _trained(config, workdir, devices)
   eval_step = run.eval_step()
   result = {}
   for split in ('val', 'test'):
@@ -508,13 +497,31 @@ def evaluate_run(
   return result
 
 
+def _trained(config, workdir, devices):
+  """The run of a work directory, its latest state, and the step of that."""
+  if not (workdir / 'checkpoints').is_dir():
+    raise UserError(
+      f'no checkpoint in work directory {workdir}; train first, or name the '
+      f'directory of a run with --workdir'
+    )
+  run = _open(config, devices)
+  processes.first_does(lambda: workdir_module.claim(workdir, config))
+  with Checkpoints(workdir) as checkpoints:
+    latest = checkpoints.latest_step()
+    if latest is None:
+      raise UserError(f'no complete checkpoint in {workdir / "checkpoints"}')
+    state, _ = checkpoints.restore(latest, run.initial_state(abstract=True))
+  return run, state, latest
+
+
 def compact_run(
   config: ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None = None
 ) -> Path | None:
   """Removes the dead channels of a run's latest checkpoint, and measures what is left.
 
-  Writes `compact/` in the work directory: the network (`msp.compact.read`) and its
-  comparison with the one it came from, compact.json and compact.md.
+  Writes `compact/` in the work directory: the network (`msp.compact.read`), in
+  `compact/folded/` the same with its norms folded, and the comparison with the one it
+  came from, compact.json and compact.md.
 
   Args:
     config: the run's own.
@@ -528,17 +535,7 @@ def compact_run(
     UserError: no checkpoint, one of another configuration, or one that cuts the
       network.
   """
-  if not (workdir / 'checkpoints').is_dir():
-    raise UserError(
-      f'no checkpoint in work directory {workdir}; train first, or name the '
-      f'directory of a run with --workdir'
-    )
-  run = _open(config, devices)
-  with Checkpoints(workdir) as checkpoints:
-    latest = checkpoints.latest_step()
-    if latest is None:
-      raise UserError(f'no complete checkpoint in {workdir / "checkpoints"}')
-    state, _ = checkpoints.restore(latest, run.initial_state(abstract=True))
+  run, state, latest = _trained(config, workdir, devices)
   model = run.experiment.model
   dense = compact.Compact(model, *jax.device_get((state.params, state.batch_stats)))
   result = compact.compact(*dense)
@@ -553,15 +550,17 @@ def compact_run(
   logger.info('largest difference of any output: %.1e of its scale', difference)
   logger.info('measuring; this takes a minute or two')
   shape = (*config.data.image_size, 3)
-  costs = {
-    size: measure.cost({'dense': dense, 'compact': result}, shape, size)
-    for size in (1, 32)
-  }
+  networks = {'dense': dense, 'compact': result}
   folder = workdir / 'compact'
   compact.write(folder, result)
-  text = measure.table(costs, dense, result, shape)
+  if model.backbone.norm == 'batch':
+    networks['folded'] = compact.fold(result)
+    compact.write(folder / 'folded', networks['folded'])
+  costs = {size: measure.cost(networks, shape, size) for size in (1, 32)}
   text = (
-    f'# {config.name}, step {latest}\n\nLargest difference: {difference:.1e}\n\n{text}'
+    f'# {config.name}, step {latest}\n\nLargest difference of an output, relative: '
+    f'{difference:.1e}. Device: {jax.devices()[0].device_kind}.\n\n'
+    f'{measure.table(costs, dense.params, result.params)}'
   )
   content = {
     'step': latest,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msp import groups as gr
-from msp.compact import compact
+from msp.compact import Compact, compact, difference, fold, read, write
 from msp.errors import UserError
 from msp.models import multitask
 from msp.models.resnet import Shape
@@ -228,3 +228,29 @@ def test_a_compact_network_is_a_network():
   positions = multitask.positions(rebuilt, (*SIZE, 3))
   assert positions == multitask.positions(model, (*SIZE, 3))
   assert isinstance(result.model.backbone.shape, Shape)
+
+
+def test_folding_and_files(tmp_path):
+  model = build('basic', (1, 1, 1, 1))
+  params, stats = draw(model, 15)
+  result = compact(model, kill_inputs(params, 0.5, 16), stats)
+  folded = agree(*result, fold(result))
+  assert not jax.tree.leaves(folded.batch_stats)
+  assert not any(path.endswith('scale') for path in gr.by_path(folded.params))
+  for name, network in (('plain', result), ('folded', folded)):
+    write(tmp_path / name, network)
+    again = read(tmp_path / name, model)
+    assert again.model == network.model
+    jax.tree.map(np.testing.assert_array_equal, again[1:], network[1:])
+    assert difference(network, again, np.ones((1, *SIZE, 3), np.float32)) == 0
+  other = build('bottleneck', (1, 1, 1, 1))
+  with pytest.raises(UserError, match='is of another network'):
+    read(tmp_path / 'plain', other)
+  with pytest.raises(UserError, match='no compact network in'):
+    read(tmp_path / 'nothing', model)
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='cannot write to'):
+    write(tmp_path / 'file' / 'below', result)
+  grouped = build('basic', (1, 1, 1, 1), 'group')
+  with pytest.raises(UserError, match='group normalisation cannot be folded'):
+    fold(Compact(grouped, *draw(grouped, 17)))

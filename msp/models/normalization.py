@@ -110,7 +110,24 @@ class GroupNorm(nn.Module):
     return (y * _per_channel(scale) + _per_channel(bias)).astype(self.dtype)
 
 
+class Folded(nn.Module):
+  """What is left of a normalisation that is folded into its convolution: a bias.
+
+  Attributes:
+    dtype: of the result.
+  """
+
+  dtype: DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Adds the bias to (B, H, W, C); there is nothing to train here."""
+    del train
+    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+    return (x + _per_channel(bias)).astype(self.dtype)
+
+
 def norm_layer(kind: str, dtype: DTypeLike) -> Callable[..., nn.Module]:
-  """Returns the constructor of 'batch' or 'group' normalisation layers."""
-  module = {'batch': BatchNorm, 'group': GroupNorm}[kind]
+  """The constructor of 'batch', 'group' or 'folded' normalisation layers."""
+  module = {'batch': BatchNorm, 'group': GroupNorm, 'folded': Folded}[kind]
   return functools.partial(module, dtype=dtype)
