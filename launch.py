@@ -19,7 +19,10 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where the run is kept; runs/<name of the configuration> if unset.'
 )
 _MODE = flags.DEFINE_enum(
-  'mode', 'train', ['train', 'evaluate', 'compact', 'report', 'prepare'], 'What to do.'
+  'mode',
+  'train',
+  ['train', 'evaluate', 'compact', 'export', 'report', 'prepare'],
+  'What to do.',
 )
 _SKIP_CORRUPT = flags.DEFINE_bool(
   'skip_corrupt', False, 'Leave unreadable files out of the data set, and count them.'
@@ -69,6 +72,8 @@ def main(argv: list[str]) -> None:
     elif _MODE.value == 'compact':
       path = train.compact_run(config, workdir)
       print(f'compact: {path}' if path else 'no dead channel: nothing to remove')
+    elif _MODE.value == 'export':
+      print(f'exported: {train.export_run(config, workdir)}')
     elif _MODE.value == 'evaluate':
       train.evaluate_run(config, workdir)
       print(f'evaluation: {workdir / "evaluation.json"}')

@@ -21,6 +21,7 @@ import data
 from msp import (
   compact,
   episodes,
+  export,
   losses,
   measure,
   objectives,
@@ -575,6 +576,68 @@ def compact_run(
   )
   workdir_module.write(folder / 'compact.md', lambda f: f.write(text.encode()))
   return folder / 'compact.md'
+
+
+def export_run(
+  config: ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None = None
+) -> Path:
+  """Exports a run's latest checkpoint, compacted and its batch norms folded.
+
+  Writes `export/` in the work directory: model.stablehlo, and a model card as
+  model_card.json and model_card.md. The file is read again and compared with the
+  network before it is kept.
+
+  Args:
+    config: the run's own.
+    workdir: of the run.
+    devices: those to use, all by default.
+
+  Returns:
+    Path of model.stablehlo.
+
+  Raises:
+    UserError: no checkpoint, one of another configuration, or one that cuts the
+      network.
+  """
+  run, state, latest = _trained(config, workdir, devices)
+  tasks, shape = run.experiment.tasks, (*config.data.image_size, 3)
+  values = run.evaluate(run.eval_step(), state, run.splits.test)
+  network = compact.Compact(
+    run.experiment.model, *jax.device_get((state.params, state.batch_stats))
+  )
+  dense_parameters = sum(x.size for x in jax.tree.leaves(network.params))
+  network = compact.compact(*network)
+  if network.model.backbone.norm == 'batch':
+    network = compact.fold(network)
+  predict = export.predictor(network, tasks, shape)
+  logger.info('exporting for %s', ', '.join(export.PLATFORMS))
+  content = export.serialize(predict, shape)
+  batch = next(iter(data.eval_batches(run.splits.val, config.tasks, batch_size=PANELS)))
+  worst = export.check(content, predict, batch['image'])
+  logger.info('read again: predictions differ by at most %.1e', worst)
+  stand_in = ' (procedural stand-in)' if config.data.procedural_images else ''
+  card = export.card(
+    config.name,
+    tasks,
+    shape,
+    {k: v for k, v in values.items() if '/' in k and not k.startswith('loss')},
+    {
+      'dead groups': values['group_sparsity'],
+      'parameters, dense': dense_parameters,
+      'parameters, exported': sum(x.size for x in jax.tree.leaves(network.params)),
+      'step': latest,
+    },
+    f'{config.data.name}{stand_in}; the terms of that data set apply',
+  )
+  folder = workdir / 'export'
+  folder.mkdir(exist_ok=True)
+  for name, data_ in (
+    ('model.stablehlo', bytes(content)),
+    ('model_card.json', json.dumps(card, indent=2).encode()),
+    ('model_card.md', export.card_text(card).encode()),
+  ):
+    workdir_module.write(folder / name, lambda f, data_=data_: f.write(data_))
+  return folder / 'model.stablehlo'
 
 
 class Progress(NamedTuple):

@@ -445,6 +445,22 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
   experiment = train.build(c, data.labels(c.data.name))
   small = compact.read(tmp_path / 'compact', experiment.model)
   assert compact.compact(*small).model.backbone.shape == small.model.backbone.shape
+
+  # The exported file needs nothing of this project.
+  file = train.export_run(c, tmp_path, jax.devices()[:1])
+  alone = jax.export.deserialize(bytearray(file.read_bytes()))
+  assert set(alone.platforms) == {'cpu', 'cuda', 'tpu'}
+  for count in (1, 3):
+    found = alone.call(np.zeros((count, 16, 16, 3), np.float32))
+    assert {name: x.shape for name, x in found.items()} == {
+      'male': (count,),
+      'smiling': (count,),
+    }
+  card = json.loads((file.parent / 'model_card.json').read_text())
+  assert (
+    card['sparsity']['parameters, exported'] < card['sparsity']['parameters, dense']
+  )
+  assert 'procedural stand-in' in (file.parent / 'model_card.md').read_text()
   arrays = tmp_path / 'compact' / 'arrays.npz'
   arrays.write_bytes(arrays.read_bytes()[:1000])
   with pytest.raises(UserError, match='no compact network in'):

@@ -1,0 +1,152 @@
+"""A trained network as one file that needs JAX alone to run: serialised StableHLO."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax import export as jax_export
+
+from msp.compact import Compact
+from msp.errors import UserError
+from msp.models import multitask
+from msp.tasks import Task
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+
+
+def predictor(
+  network: Compact, tasks: Mapping[str, Task], image_shape: tuple[int, int, int]
+) -> Callable[[jax.Array], dict[str, jax.Array]]:
+  """The function that is exported, its weights constants.
+
+  Args:
+    network: any, dense or compact.
+    tasks: the tasks, by name.
+    image_shape: (H, W, 3).
+
+  Returns:
+    (B, H, W, 3) float32 in [0, 1] -> {task: class map (B, H, W) int32, probability map
+    (B, H, W) float32, or probability (B,) float32}.
+  """
+  model, params, batch_stats = network
+  # XLA's own convolutions: the file is to run on every platform.
+  as_lax = lambda module: module.clone(implementation='lax')
+  heads = {task: as_lax(head) for task, head in model.heads.items()}
+  model = multitask.MultiTask(as_lax(model.backbone), heads)
+
+  def predict(images):
+    outputs, _ = multitask.apply(model, params, batch_stats, images, train=False)
+    shape = (images.shape[0], *image_shape[:2])
+    return {name: task.predict(outputs[name], shape) for name, task in tasks.items()}
+
+  return predict
+
+
+def serialize(
+  predict: Callable, image_shape: tuple[int, int, int], platforms=PLATFORMS
+) -> bytes:
+  """Serialised StableHLO of a function of images, for any number of them.
+
+  Args:
+    predict: from `predictor`.
+    image_shape: (H, W, 3).
+    platforms: to lower for.
+
+  Returns:
+    The content of a file; `jax.export.deserialize` reads it.
+  """
+  (batch,) = jax_export.symbolic_shape('b')
+  images = jax.ShapeDtypeStruct((batch, *image_shape), np.float32)
+  return jax_export.export(jax.jit(predict), platforms=platforms)(images).serialize()
+
+
+def check(content: bytes, predict: Callable, images: np.ndarray) -> float:
+  """Runs what was serialised, and the function it came from, on the same images.
+
+  Args:
+    content: from `serialize`.
+    predict: the function.
+    images: (B, H, W, 3).
+
+  Returns:
+    The largest difference of a probability, or share of pixels of another class.
+
+  Raises:
+    UserError: it is above 1e-4.
+  """
+  again = jax_export.deserialize(bytearray(content))
+  got = jax.device_get(again.call(images))
+  wanted = jax.device_get(jax.jit(predict)(images))
+
+  def compare(a, b):
+    if np.issubdtype(a.dtype, np.integer):
+      return float(np.mean(a != b))
+    return float(np.abs(a - b).max())
+
+  worst = max(compare(got[name], wanted[name]) for name in wanted)
+  if worst > 1e-4:
+    raise UserError(f'the exported file gives other predictions, by up to {worst:.1e}')
+  return worst
+
+
+def card(
+  name: str,
+  tasks: Mapping[str, Task],
+  image_shape: tuple[int, int, int],
+  metrics: Mapping[str, float],
+  sparsity: Mapping[str, float],
+  source: str,
+) -> dict:
+  """What a user of the file has to know, as plain data.
+
+  Args:
+    name: of the run.
+    tasks: the tasks, by name.
+    image_shape: (H, W, 3).
+    metrics: of the test split.
+    sparsity: shares and counts.
+    source: data set, and its terms.
+  """
+  return {
+    'name': name,
+    'input': {
+      'shape': ['batch', *image_shape],
+      'dtype': 'float32',
+      'range': [0, 1],
+      'channels': 'RGB',
+    },
+    'outputs': {
+      task.name: {
+        'kind': task.kind,
+        'classes': list(task.classes),
+        'value': {
+          'segmentation': 'class number of every pixel, int32',
+          'edges': 'probability of every pixel, float32',
+          'attribute': 'probability of the last class, float32',
+        }[task.kind],
+      }
+      for task in tasks.values()
+    },
+    'metrics of the test split': dict(metrics),
+    'sparsity': dict(sparsity),
+    'trained on': source,
+  }
+
+
+def card_text(content: Mapping) -> str:
+  """A model card as Markdown."""
+  lines = [f'# {content["name"]}', '', f'Trained on: {content["trained on"]}.', '']
+  shape = ' × '.join(map(str, content['input']['shape']))
+  lines += [f'Input: RGB images, float32 in [0, 1], {shape}.', '', '## Outputs', '']
+  for task, output in content['outputs'].items():
+    classes = ', '.join(output['classes'])
+    lines.append(f'- `{task}`: {output["value"]} ({classes})')
+  for title in ('metrics of the test split', 'sparsity'):
+    lines += ['', f'## {title.capitalize()}', '', '| | |', '|---|---|']
+    lines += [
+      f'| {key} | {value:,.4g} |'
+      if isinstance(value, float)
+      else f'| {key} | {value:,} |'
+      for key, value in content[title].items()
+    ]
+  return '\n'.join(lines) + '\n'
