@@ -105,7 +105,7 @@ def base() -> ConfigDict:
   config.sparsity.optimizers.tolerance = constraint
   # Groups die tens of steps after λ has grown.
   config.sparsity.optimizers.budget = [
-    ConfigDict(dict(name='anticipate', horizon=30.0)),
+    ConfigDict(dict(name='anticipate', horizon=20.0, decay=0.95)),
     *constraint,
   ]
 

@@ -83,8 +83,17 @@ def kill_inputs(params, share, seed, spare=()):
   return gr.replace(params, dead)
 
 
-@pytest.mark.parametrize('block', ['basic', 'bottleneck'])
-@pytest.mark.parametrize('share', [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+  ('block', 'share'),
+  [
+    ('basic', 0.0),
+    ('bottleneck', 0.5),
+    ('basic', 1.0),
+    pytest.param('bottleneck', 0.0, marks=pytest.mark.slow),
+    pytest.param('basic', 0.5, marks=pytest.mark.slow),
+    pytest.param('bottleneck', 1.0, marks=pytest.mark.slow),
+  ],
+)
 def test_dead_input_channels(block, share):
   model = build(block, (1, 2, 1, 1))
   params, stats = draw(model, 0)
@@ -102,7 +111,9 @@ def test_dead_input_channels(block, share):
         assert (kernel != 0).any((0, 1, 3)).all(), path
 
 
-@pytest.mark.parametrize('block', ['basic', 'bottleneck'])
+@pytest.mark.parametrize(
+  'block', ['basic', pytest.param('bottleneck', marks=pytest.mark.slow)]
+)
 def test_dead_output_channels_and_coupled_groups(block):
   model = build(block, (2, 1, 1, 1))
   params, stats = draw(model, 2)
@@ -180,6 +191,7 @@ def test_a_cut_network_is_refused(stream):
     compact(model, gr.replace(params, dead), stats)
 
 
+@pytest.mark.slow
 def test_compacted_again_after_training_on():
   model = build('bottleneck', (2, 1, 1, 1))
   params, stats = draw(model, 10)

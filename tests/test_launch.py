@@ -68,7 +68,10 @@ def test_without_the_data_set_it_says_what_to_do(tmp_path):
     (['{config}:tinny'], ['unknown option tinny', 'known: procedural, tiny']),
     (['nothing.py'], ['cannot read the file after --config', 'nothing.py']),
     (['nothing.py', '--config.seed=1'], ['cannot read', 'nothing.py']),
-    (['{config}', '--mode=trian'], ['trian', 'train|evaluate|report|prepare']),
+    (
+      ['{config}', '--mode=trian'],
+      ['trian', 'train|evaluate|compact|export|report|prepare'],
+    ),
     (['{config}', '--wrokdir=x'], ["'wrokdir'"]),
     ([None], ['no --config']),
   ],
