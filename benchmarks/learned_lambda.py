@@ -54,6 +54,7 @@ ROWS = {
   'online': (False, LEARNED | HOLDOUT | {'sparsity.hypergradient': 'online'}),
   'meta': (True, {}),
   'meta holdout': (True, HOLDOUT),
+  'meta budget 0.7': (True, BUDGET | {'sparsity.target': 0.7, 'data.hold_out': 0.0}),
   'meta dense': (True, {'sparsity.coefficient': 'none'}),
 }
 
