@@ -16,3 +16,11 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# By time, not by number of tests: the two processes then end together.
+LONGEST_FIRST = ('test_train', 'test_models', 'test_train_step', 'test_compact')
+
+
+def pytest_collection_modifyitems(items):
+  rank = {name: i for i, name in enumerate(LONGEST_FIRST)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
