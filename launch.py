@@ -40,15 +40,15 @@ _DISTRIBUTED = flags.DEFINE_bool(
 def main(argv: list[str]) -> None:
   """Calls the function of the mode; a user's mistake ends in one line."""
   # After the flags, so that --help and a mistyped flag answer at once.
-  import jax
-
   if _DISTRIBUTED.value:
+    import jax
+
     try:
       jax.distributed.initialize()
     except (RuntimeError, ValueError) as e:
       sys.exit(f'error: --distributed found no cluster: {" ".join(str(e).split())}')
   import data
-  from msp import report, train
+  from msp import processes, report, train
   from msp.errors import UserError
 
   absl_logging.set_verbosity(absl_logging.ERROR)  # orbax and TFDS speak through it
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
   for name in ('msp', 'data'):
     logger = logging.getLogger(name)
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+    logger.setLevel(logging.INFO if processes.is_first() else logging.WARNING)
     logger.propagate = False
   try:
     if len(argv) > 1:

@@ -147,10 +147,14 @@ class _Graph(NamedTuple):
 
   def writes(self, kernel, norm, kept):
     """Which channels it and its norm make other than a constant ≤ 0, (O,) bool."""
-    scale, bias = self.leaves[f'{norm}/scale'], self.leaves[f'{norm}/bias']
-    mean, var = self.stats[f'{norm}/mean'], self.stats[f'{norm}/var']
-    constant = -mean * (scale / np.sqrt(var + np.float32(EPSILON))) + bias
+    _, constant = _affine(norm, self.leaves, self.stats)
     return self._alive(kernel, kept).any(0) | (constant > 0)
+
+
+def _affine(norm, leaves, stats):
+  """A batch norm in evaluation mode as x · gain + constant."""
+  gain = leaves[f'{norm}/scale'] / np.sqrt(stats[f'{norm}/var'] + np.float32(EPSILON))
+  return gain, leaves[f'{norm}/bias'] - stats[f'{norm}/mean'] * gain
 
 
 def _remove(graph, kept):
@@ -197,15 +201,14 @@ def fold(network: Compact) -> Compact:
     )
   leaves, stats = gr.by_path(params), gr.by_path(batch_stats)
   folded = {}
-  for path, scale in leaves.items():
+  for path in leaves:
     norm, _, leaf = path.rpartition('/')
     if leaf != 'scale':
       continue
     parent, _, name = norm.rpartition('/')
     kernel = f'{parent}/{name.replace("norm", "conv")}/kernel'
-    gain = scale / np.sqrt(stats[f'{norm}/var'] + np.float32(EPSILON))
+    gain, folded[f'{norm}/bias'] = _affine(norm, leaves, stats)
     folded[kernel] = leaves[kernel] * gain
-    folded[f'{norm}/bias'] = leaves[f'{norm}/bias'] - stats[f'{norm}/mean'] * gain
   return Compact(
     _fold_model(model),
     _without(gr.replace(params, folded), 'scale'),
@@ -298,15 +301,22 @@ def read(folder: Path, model: multitask.MultiTask) -> Compact:
     shape = json.loads((folder / 'shape.json').read_text())
     with (folder / 'arrays.npz').open('rb') as file, np.load(file) as content:
       arrays = dict(content)
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+    folded = shape['folded']
+    shape = Shape(
+      tuple(shape['widths'].items()),
+      tuple((name, tuple(channels)) for name, channels in shape['gathers'].items()),
+    )
+  except (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    zipfile.BadZipFile,
+  ) as e:
     raise UserError(
       f'no compact network in {folder} ({e}); make one with --mode compact'
     ) from None
-  folded = shape['folded']
-  shape = Shape(
-    tuple(shape['widths'].items()),
-    tuple((name, tuple(channels)) for name, channels in shape['gathers'].items()),
-  )
   model = model._replace(backbone=model.backbone.clone(shape=shape))
   if folded:
     model = _fold_model(model)

@@ -42,22 +42,19 @@ def predictor(
   return predict
 
 
-def serialize(
-  predict: Callable, image_shape: tuple[int, int, int], platforms=PLATFORMS
-) -> bytes:
+def serialize(predict: Callable, image_shape: tuple[int, int, int]) -> bytes:
   """Serialised StableHLO of a function of images, for any number of them.
 
   Args:
     predict: from `predictor`.
     image_shape: (H, W, 3).
-    platforms: to lower for.
 
   Returns:
-    The content of a file; `jax.export.deserialize` reads it.
+    The content of a file for all of `PLATFORMS`; `jax.export.deserialize` reads it.
   """
   (batch,) = jax_export.symbolic_shape('b')
   images = jax.ShapeDtypeStruct((batch, *image_shape), np.float32)
-  return jax_export.export(jax.jit(predict), platforms=platforms)(images).serialize()
+  return jax_export.export(jax.jit(predict), platforms=PLATFORMS)(images).serialize()
 
 
 def check(content: bytes, predict: Callable, images: np.ndarray) -> float:

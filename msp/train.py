@@ -630,13 +630,17 @@ def export_run(
     f'{config.data.name}{stand_in}; the terms of that data set apply',
   )
   folder = workdir / 'export'
-  folder.mkdir(exist_ok=True)
-  for name, data_ in (
-    ('model.stablehlo', bytes(content)),
-    ('model_card.json', json.dumps(card, indent=2).encode()),
-    ('model_card.md', export.card_text(card).encode()),
-  ):
-    workdir_module.write(folder / name, lambda f, data_=data_: f.write(data_))
+  files = {
+    'model.stablehlo': bytes(content),
+    'model_card.json': json.dumps(card, indent=2).encode(),
+    'model_card.md': export.card_text(card).encode(),
+  }
+  try:
+    folder.mkdir(exist_ok=True)
+    for name, whole in files.items():
+      workdir_module.write(folder / name, lambda f, whole=whole: f.write(whole))
+  except OSError as e:
+    raise UserError(f'cannot write to {folder}: {e.strerror}') from None
   return folder / 'model.stablehlo'
 
 

@@ -10,25 +10,9 @@ from msp.compact import Compact, compact, difference, fold, read, write
 from msp.errors import UserError
 from msp.models import multitask
 from msp.models.resnet import Shape
+from tests.networks import HEADS, small_network
 
-HEADS = {'regions': ('dense', 3), 'smiling': ('classification', 1)}
 SIZE = (24, 32)
-
-
-def build(block, blocks, norm='batch', shape=None):
-  model = multitask.build(
-    HEADS,
-    blocks=blocks,
-    block=block,
-    width=0.125,
-    norm=norm,
-    head_features=8,
-    dropout=0.0,
-    convolution_implementation='lax',
-  )
-  if shape is not None:
-    model = model._replace(backbone=model.backbone.clone(shape=shape))
-  return model
 
 
 def draw(model, seed):
@@ -95,7 +79,7 @@ def kill_inputs(params, share, seed, spare=()):
   ],
 )
 def test_dead_input_channels(block, share):
-  model = build(block, (1, 2, 1, 1))
+  model = small_network(block, (1, 2, 1, 1))
   params, stats = draw(model, 0)
   params = kill_inputs(params, share, 1)
   result = agree(model, params, stats, compact(model, params, stats))
@@ -115,7 +99,7 @@ def test_dead_input_channels(block, share):
   'block', ['basic', pytest.param('bottleneck', marks=pytest.mark.slow)]
 )
 def test_dead_output_channels_and_coupled_groups(block):
-  model = build(block, (2, 1, 1, 1))
+  model = small_network(block, (2, 1, 1, 1))
   params, stats = draw(model, 2)
   rng = np.random.default_rng(3)
   for with_norm in (False, True):
@@ -142,7 +126,7 @@ def test_dead_output_channels_and_coupled_groups(block):
 
 
 def test_a_norm_that_lifts_a_zero_keeps_its_channel():
-  model = build('basic', (1, 1, 1, 1))
+  model = small_network('basic', (1, 1, 1, 1))
   params, stats = draw(model, 4)
   leaves = {p: np.array(x) for p, x in gr.by_path(params).items()}
   kernel = leaves['backbone/layer2_0/conv1/kernel']
@@ -158,7 +142,7 @@ def test_a_norm_that_lifts_a_zero_keeps_its_channel():
 
 def test_a_chain_of_dead_layers_is_followed_to_its_end():
   """conv2 of a bottleneck writes only what nobody reads, so conv1 is unread, too."""
-  model = build('bottleneck', (2, 1, 1, 1))
+  model = small_network('bottleneck', (2, 1, 1, 1))
   params, stats = draw(model, 5)
   leaves = {p: np.array(x) for p, x in gr.by_path(params).items()}
   leaves['backbone/layer1_1/conv3/kernel'][:] = 0
@@ -170,7 +154,7 @@ def test_a_chain_of_dead_layers_is_followed_to_its_end():
 
 
 def test_group_norm_keeps_its_channels_and_gathers():
-  model = build('basic', (1, 1, 1, 1), 'group')
+  model = small_network('basic', (1, 1, 1, 1), 'group')
   params, stats = draw(model, 6)
   params = kill_inputs(params, 0.5, 7)
   result = agree(model, params, stats, compact(model, params, stats))
@@ -183,7 +167,7 @@ def test_group_norm_keeps_its_channels_and_gathers():
 
 @pytest.mark.parametrize('stream', ['stem_conv2', 'layer2/sum'])
 def test_a_cut_network_is_refused(stream):
-  model = build('basic', (1, 1, 1, 1))
+  model = small_network('basic', (1, 1, 1, 1))
   params, stats = draw(model, 8)
   (s,) = (s for s in multitask.streams(model) if s.name == stream)
   dead = {r: np.zeros_like(gr.by_path(params)[r]) for r in s.readers}
@@ -193,7 +177,7 @@ def test_a_cut_network_is_refused(stream):
 
 @pytest.mark.slow
 def test_compacted_again_after_training_on():
-  model = build('bottleneck', (2, 1, 1, 1))
+  model = small_network('bottleneck', (2, 1, 1, 1))
   params, stats = draw(model, 10)
   once = agree(
     model, params := kill_inputs(params, 0.4, 11), stats, compact(model, params, stats)
@@ -212,10 +196,12 @@ def test_compacted_again_after_training_on():
 
 def test_a_compact_network_is_a_network():
   """Its shape alone says what to initialise, and a training step's gradient exists."""
-  model = build('basic', (1, 1, 1, 1))
+  model = small_network('basic', (1, 1, 1, 1))
   params, stats = draw(model, 13)
   result = compact(model, kill_inputs(params, 0.5, 14), stats)
-  rebuilt = build('basic', (1, 1, 1, 1), shape=result.model.backbone.shape)
+  rebuilt = small_network('basic', (1, 1, 1, 1))
+  backbone = rebuilt.backbone.clone(shape=result.model.backbone.shape)
+  rebuilt = rebuilt._replace(backbone=backbone)
   shapes = jax.eval_shape(
     lambda key: multitask.init(rebuilt, key, (*SIZE, 3)), jax.random.key(0)
   )
@@ -243,7 +229,7 @@ def test_a_compact_network_is_a_network():
 
 
 def test_folding_and_files(tmp_path):
-  model = build('basic', (1, 1, 1, 1))
+  model = small_network('basic', (1, 1, 1, 1))
   params, stats = draw(model, 15)
   result = compact(model, kill_inputs(params, 0.5, 16), stats)
   folded = agree(*result, fold(result))
@@ -255,14 +241,21 @@ def test_folding_and_files(tmp_path):
     assert again.model == network.model
     jax.tree.map(np.testing.assert_array_equal, again[1:], network[1:])
     assert difference(network, again, np.ones((1, *SIZE, 3), np.float32)) == 0
-  other = build('bottleneck', (1, 1, 1, 1))
+  other = small_network('bottleneck', (1, 1, 1, 1))
   with pytest.raises(UserError, match='is of another network'):
     read(tmp_path / 'plain', other)
   with pytest.raises(UserError, match='no compact network in'):
     read(tmp_path / 'nothing', model)
+  for damage in ('', '{}', '[]'):
+    (tmp_path / 'plain' / 'shape.json').write_text(damage)
+    with pytest.raises(UserError, match='no compact network in'):
+      read(tmp_path / 'plain', model)
+  (tmp_path / 'folded' / 'arrays.npz').write_bytes(b'')
+  with pytest.raises(UserError, match='no compact network in'):
+    read(tmp_path / 'folded', model)
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match='cannot write to'):
     write(tmp_path / 'file' / 'below', result)
-  grouped = build('basic', (1, 1, 1, 1), 'group')
+  grouped = small_network('basic', (1, 1, 1, 1), 'group')
   with pytest.raises(UserError, match='group normalisation cannot be folded'):
     fold(Compact(grouped, *draw(grouped, 17)))

@@ -11,23 +11,13 @@ from msp import groups as gr
 from msp import objectives
 from msp.errors import UserError
 from msp.models import multitask
+from msp.models.resnet import Stream
+from tests.networks import HEADS, small_network
 
-HEADS = {'regions': ('dense', 3), 'smiling': ('classification', 1)}
 
-
-def network(block, blocks=(2, 1, 1, 1), norm='batch'):
-  model = multitask.build(
-    HEADS,
-    blocks=blocks,
-    block=block,
-    width=0.0625,
-    norm=norm,
-    head_features=8,
-    dropout=0.0,
-    convolution_implementation='lax',
-  )
-  init = lambda key: multitask.init(model, key, (16, 16, 3))
-  return model, init
+def network(block, blocks=(2, 1, 1, 1)):
+  model = small_network(block, blocks, width=0.0625)
+  return model, lambda key: multitask.init(model, key, (16, 16, 3))
 
 
 @pytest.mark.parametrize('depth', [18, 50, 101])
@@ -185,21 +175,15 @@ def test_dead_channels_are_exactly_zero_everywhere(adaptive):
   )
 
 
-class Pair:
-  """A stream that one kernel writes and another reads, which writes a second one."""
-
-  def __init__(self, name, writers, norms, readers):
-    self.name, self.writers, self.norms, self.readers = name, writers, norms, readers
-
-
 def overlapping():
   rng = np.random.default_rng(0)
   kernel = lambda *shape: {'kernel': jnp.asarray(rng.normal(size=shape))}
   params = {'backbone': {'a': kernel(2, 3), 'b': kernel(3, 4), 'c': kernel(4, 2)}}
   path = lambda name: (f'backbone/{name}/kernel',)
+  # A stream that one kernel writes and another reads, which writes a second one.
   streams = [
-    Pair('s', path('a'), ('n',), path('b')),
-    Pair('t', path('b'), ('m',), path('c')),
+    Stream('s', path('a'), ('n',), path('b')),
+    Stream('t', path('b'), ('m',), path('c')),
   ]
   return params, gr.find(params, axis='coupled', streams=streams)
 

@@ -19,6 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import data
 from configs import common
 from msp import compact, train, writer
+from msp import groups as gr
 from msp.checkpoint import Checkpoints
 from msp.errors import UserError
 
@@ -461,10 +462,30 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
     card['sparsity']['parameters, exported'] < card['sparsity']['parameters, dense']
   )
   assert 'procedural stand-in' in (file.parent / 'model_card.md').read_text()
+  file.unlink()
+  (file.parent / 'model_card.json').unlink()
+  (file.parent / 'model_card.md').unlink()
+  file.parent.rmdir()
+  file.parent.write_text('')
+  with pytest.raises(UserError, match=r'cannot write to .*export'):
+    train.export_run(c, tmp_path, jax.devices()[:1])
   arrays = tmp_path / 'compact' / 'arrays.npz'
   arrays.write_bytes(arrays.read_bytes()[:1000])
   with pytest.raises(UserError, match='no compact network in'):
     compact.read(tmp_path / 'compact', experiment.model)
+
+
+def test_a_network_that_becomes_its_twin_is_reported(caplog):
+  params = {'backbone': {'c': {'kernel': np.ones((1, 1, 2, 2))}}}
+  monitor = train.Monitor(0, gr.find(params), params)
+  metrics = {'nonfinite': -1, 'loss': 1.0, 'alive': [2], 'lambda_relative': 0.125}
+  with caplog.at_level(logging.WARNING, logger='msp'):
+    monitor.check(6, metrics | {'restored': False})
+    assert not caplog.records
+    monitor.check(7, metrics | {'restored': True})
+  (record,) = caplog.records
+  assert record.getMessage().startswith('step 7: a task is still over its tolerance')
+  assert '0.12' in record.getMessage()
 
 
 def test_a_dense_run_has_nothing_to_remove(finished, faces):

@@ -722,6 +722,40 @@ def test_the_twin_is_a_dense_run_beside_the_sparse_one():
   same(own, (state.twin.params, state.twin.opt_state, state.twin.batch_stats))
 
 
+def test_the_twin_has_no_tangent():
+  """What the online hypergradient remembers is of the network that was given up."""
+  p = problem(('smiling',))
+  groups = gr.find(p.params, r'backbone/layer.*kernel', 'in', 'layer')
+  p = p._replace(groups=groups)
+  outer = msp.adaptive_proximal(
+    optax.adam(OUTER_RATE, eps=1e-2, eps_root=1e-8),
+    'group_lasso',
+    groups,
+    OUTER_RATE,
+    eps=1e-2,
+    eps_root=1e-8,
+  )
+  rho_optimizer, rho = optax.sgd(RHO_RATE), jnp.full(2, -2.0)
+  state = p.state(outer, rho=rho, lambda_max=jnp.full(2, 0.3))
+  twin = make_twin(state.params, state.opt_state, state.batch_stats, 1)
+  state = state._replace(
+    rho_opt_state=rho_optimizer.init(rho),
+    tangent=zero_tangent((state.params, state.opt_state), rho),
+  )
+  step = p.step(
+    outer,
+    rho_optimizer=rho_optimizer,
+    hypergradient='online',
+    objective=Objective('tolerance'),
+  )
+  data = {'query': batch(0), 'hold_out': batch(1)}
+  for gap, peak, restored in ((9.0, -2.0, False), (9.0, 0.0, True)):
+    at = twin._replace(gap=jnp.full(1, gap), count=jnp.full(1, 9), peak=jnp.array(peak))
+    new, metrics = step(state._replace(twin=at), data, KEY)
+    assert metrics['restored'] == restored
+    assert any(z.any() for z in jax.tree.leaves(new.tangent)) != restored
+
+
 def test_a_budget_moves_a_vector_of_coefficients_by_the_hold_out_loss_too():
   p = problem(('smiling',))
   groups = gr.find(p.params, r'backbone/layer.*kernel', 'in', 'layer')
