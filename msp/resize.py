@@ -1,6 +1,7 @@
 """Bringing predictions and labels to one resolution; labels never interpolated."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -20,7 +21,11 @@ def bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     y, shape (B, H, W, C), dtype of x.
   """
   shape = (x.shape[0], *size, x.shape[-1])
-  return jax.image.resize(x, shape, 'bilinear', antialias=False)
+  scale = jnp.array([m / n for n, m in zip(x.shape[1:3], size, strict=True)])
+  # Not jax.image.resize: converters to ONNX replace it, for a fixed batch only.
+  return jax.image.scale_and_translate(
+    x, shape, (1, 2), scale, jnp.zeros(2), 'linear', antialias=False
+  )
 
 
 def nearest(label: jax.Array, size: tuple[int, int]) -> jax.Array:

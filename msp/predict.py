@@ -1,0 +1,136 @@
+"""Runs an exported network on a folder of pictures.
+
+python -m msp.predict runs/NAME/export photos predictions
+"""
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import export as jax_export
+from PIL import Image
+
+from data.errors import DataError
+from data.files import read_image, read_size, resize_label, write_atomically
+from data.progress import progress_bar
+from msp.errors import UserError
+from msp.figures import class_colors
+
+logger = logging.getLogger(__name__)
+
+BATCH = 16
+
+
+def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, int]:
+  """Predicts every task for every picture, and writes the answers as files.
+
+  Of PICTURE.jpg: `PICTURE.jpg.TASK.png` in the picture's own size, for segmentation an
+  indexed image whose values are class numbers and whose palette shows them, for edges
+  the probability · 255; probabilities of attributes in `attributes.csv`, a row for
+  each picture.
+
+  Args:
+    exported: folder with model.stablehlo and model_card.json, from --mode export.
+    pictures: folder; what is no readable picture in it is named and skipped.
+    target: folder, created.
+
+  Returns:
+    How many pictures were predicted, and how many files skipped.
+
+  Raises:
+    UserError: no exported network, no folder or no picture in it, or `target` cannot
+      be written to.
+  """
+  try:
+    card = json.loads((exported / 'model_card.json').read_text())
+    content = (exported / 'model.stablehlo').read_bytes()
+    network = jax_export.deserialize(bytearray(content))
+    outputs = card['outputs']
+  except (OSError, ValueError, KeyError) as e:
+    raise UserError(
+      f'no exported network in {exported} ({e}); make one with --mode export'
+    ) from None
+  try:
+    files = sorted(path for path in pictures.iterdir() if path.is_file())
+    target.mkdir(parents=True, exist_ok=True)
+    rows, skipped = [], 0
+    size = network.in_avals[0].shape[1:3]
+    attributes = [name for name, out in outputs.items() if out['kind'] == 'attribute']
+    shown = progress_bar(files, len(files), 'predicting')
+    for batch in _batches(shown, size):
+      good = [(path, image) for path, image in batch if image is not None]
+      skipped += len(batch) - len(good)
+      if not good:
+        continue
+      images = np.stack([image for _, image in good]).astype(np.float32) / 255
+      predictions = jax.device_get(network.call(images))
+      for i, (path, _) in enumerate(good):
+        for name, out in outputs.items():
+          if name not in attributes:
+            content = _png(predictions[name][i], out, read_size(path))
+            write_atomically(target / f'{path.name}.{name}.png', content)
+        rows.append([path.name, *(f'{predictions[a][i]:.4f}' for a in attributes)])
+    if not rows:
+      raise UserError(f'no readable picture among the {len(files)} files in {pictures}')
+    if attributes:
+      text = io.StringIO()
+      csv.writer(text).writerows([['picture', *attributes], *rows])
+      write_atomically(target / 'attributes.csv', text.getvalue().encode())
+  except OSError as e:
+    raise UserError(f'{e.filename or target}: {e.strerror}') from None
+  return len(rows), skipped
+
+
+def _batches(files, size) -> Iterator[list[tuple[Path, np.ndarray | None]]]:
+  """Lists of (path, its picture or None if it is none)."""
+  files = iter(files)
+  while paths := list(itertools.islice(files, BATCH)):
+    batch = []
+    for path in paths:
+      try:
+        batch.append((path, read_image(path, size)))
+      except DataError as e:
+        logger.warning('skipped: %s', e)
+        batch.append((path, None))
+    yield batch
+
+
+def _png(prediction, out, size):
+  if out['kind'] == 'segmentation':
+    image = Image.fromarray(resize_label(prediction.astype(np.uint8), size), 'P')
+    colors = np.array(class_colors(out['classes'])) * 255
+    image.putpalette(colors.round().astype(np.uint8).tobytes())
+  else:
+    level = np.round(prediction * 255).astype(np.uint8)
+    image = Image.fromarray(resize_label(level, size))
+  content = io.BytesIO()
+  image.save(content, 'PNG')
+  return content.getvalue()
+
+
+def main() -> None:
+  """The command; a user's mistake ends in one line."""
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('exported', type=Path, help='folder that --mode export wrote')
+  parser.add_argument('pictures', type=Path, help='folder of pictures')
+  parser.add_argument('target', type=Path, help='folder for the predictions')
+  arguments = parser.parse_args()
+  logging.basicConfig(format='%(message)s', level=logging.INFO)
+  logging.getLogger('jax').setLevel(logging.WARNING)
+  try:
+    count, skipped = predict_folder(**vars(arguments))
+  except UserError as e:
+    sys.exit(f'error: {e}')
+  print(f'{count} pictures predicted, {skipped} files skipped: {arguments.target}')
+
+
+if __name__ == '__main__':
+  main()

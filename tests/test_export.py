@@ -1,0 +1,151 @@
+"""Exported files give the predictions of the network they came from."""
+
+import csv
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from msp import export, tasks
+from msp.compact import Compact
+from msp.errors import UserError
+from msp.models import multitask
+from msp.predict import predict_folder
+
+SHAPE = (24, 32, 3)
+
+
+class Label(NamedTuple):
+  kind: str
+  classes: tuple[str, ...]
+
+
+@pytest.fixture(scope='module')
+def network():
+  """Tasks of every kind, and a function that predicts them."""
+  made = tasks.make(
+    ('parts', 'edges', 'smiling'),
+    {
+      'parts': Label('segmentation', ('background', 'hair', 'skin')),
+      'edges': Label('edges', ('edge',)),
+      'smiling': Label('attribute', ('no', 'yes')),
+    },
+  )
+  model = multitask.build(
+    {name: (task.head, task.outputs) for name, task in made.items()},
+    blocks=(1, 1, 1, 1),
+    block='basic',
+    width=0.125,
+    head_features=8,
+    dropout=0.0,
+  )
+  params, stats = jax.jit(lambda key: multitask.init(model, key, SHAPE))(
+    jax.random.key(0)
+  )
+  return made, export.predictor(Compact(model, params, stats), made, SHAPE)
+
+
+def images(count):
+  return np.random.default_rng(count).random((count, *SHAPE), np.float32)
+
+
+@pytest.fixture(scope='module')
+def exported(network, tmp_path_factory):
+  made, predict = network
+  folder = tmp_path_factory.mktemp('export')
+  content = export.serialize(predict, SHAPE)
+  (folder / 'model.stablehlo').write_bytes(content)
+  card = export.card('net', made, SHAPE, {}, {}, 'nothing')
+  (folder / 'model_card.json').write_text(json.dumps(card))
+  return folder
+
+
+def test_a_batch_of_any_size(network, exported):
+  content = (exported / 'model.stablehlo').read_bytes()
+  for count in (1, 3):
+    assert export.check(content, network[1], images(count)) <= 1e-6
+
+
+def test_another_network_is_noticed(network, exported):
+  content = (exported / 'model.stablehlo').read_bytes()
+  moved = lambda x: {k: v + 1 for k, v in network[1](x).items()}
+  with pytest.raises(UserError, match='gives other predictions, by up to 1'):
+    export.check(content, moved, images(2))
+  broken = lambda x: {k: v * np.nan for k, v in network[1](x).items()}
+  with pytest.raises(UserError, match='gives other predictions, by up to nan'):
+    export.largest_difference(
+      jax.device_get(broken(images(1))), jax.device_get(network[1](images(1)))
+    )
+
+
+def test_onnx(network):
+  pytest.importorskip('jax2onnx', reason='has its own environment')
+  from msp import onnx
+
+  content = onnx.serialize(network[1], SHAPE)
+  for count in (1, 3):
+    assert onnx.check(content, network[1], images(count)) <= 1e-5
+  moved = lambda x: {k: v + 1 for k, v in network[1](x).items()}
+  with pytest.raises(UserError, match='gives other predictions'):
+    onnx.check(content, moved, images(2))
+
+
+def test_both_environments_have_the_same_packages():
+  """But for orbax, whose version the converter dictates."""
+
+  def pins(name):
+    lines = (Path(__file__).parents[1] / name).read_text().splitlines()
+    pairs = (line.partition('#')[0].partition('==') for line in lines)
+    return {package: version.strip() for package, _, version in pairs if package}
+
+  plain, onnx = pins('requirements.txt'), pins('requirements-onnx.txt')
+  assert plain.pop('orbax-checkpoint') != onnx['orbax-checkpoint']
+  assert plain.items() <= onnx.items()
+
+
+def test_a_folder_of_pictures(network, exported, tmp_path, caplog):
+  photos = tmp_path / 'photos'
+  photos.mkdir()
+  pictures = (images(18) * 255).astype(np.uint8)
+  for i, picture in enumerate(pictures):
+    Image.fromarray(picture).save(photos / f'{i:02}.png')
+  large = Image.fromarray(pictures[0]).resize((50, 40))
+  large.save(photos / 'large.png')
+  (photos / '05.png').write_bytes(b'no picture')
+  (photos / 'below').mkdir()
+  target = tmp_path / 'out' / 'predictions'
+  assert predict_folder(exported, photos, target) == (18, 1)
+  assert 'skipped: unreadable image' in caplog.text
+  assert '05.png' in caplog.text
+  wanted = jax.device_get(network[1](pictures[17:].astype(np.float32) / 255))
+  with Image.open(target / '17.png.parts.png') as image:
+    np.testing.assert_array_equal(np.asarray(image), wanted['parts'][0])
+    assert image.mode == 'P'  # a viewer shows colours, a program reads classes
+    assert len(image.convert('RGB').getcolors()) == len(np.unique(wanted['parts']))
+  with Image.open(target / '17.png.edges.png') as image:
+    difference = np.asarray(image) / 255 - wanted['edges'][0]
+    assert np.abs(difference).max() < 0.6 / 255
+  with Image.open(target / 'large.png.parts.png') as image:
+    assert image.size == (50, 40)
+  with (target / 'attributes.csv').open() as file:
+    rows = {row['picture']: row['smiling'] for row in csv.DictReader(file)}
+  assert len(rows) == 18
+  assert float(rows['17.png']) == pytest.approx(wanted['smiling'][0], abs=1e-4)
+
+
+def test_what_cannot_be_predicted(exported, tmp_path):
+  empty = tmp_path / 'empty'
+  empty.mkdir()
+  with pytest.raises(UserError, match=r'no exported network in .*--mode export'):
+    predict_folder(tmp_path, empty, tmp_path / 'out')
+  with pytest.raises(UserError, match='nowhere: No such file'):
+    predict_folder(exported, tmp_path / 'nowhere', tmp_path / 'out')
+  with pytest.raises(UserError, match='no readable picture among the 0 files'):
+    predict_folder(exported, empty, tmp_path / 'out')
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='file'):
+    predict_folder(exported, empty, tmp_path / 'file' / 'below')
