@@ -21,6 +21,9 @@ def base() -> ConfigDict:
   config.name = 'run'
   config.seed = 0
   config.tasks = ('segmentation',)
+  # Weights to begin with, see msp.initial: a folder that --mode compact wrote, another
+  # run's work directory, a PyTorch ResNet-D as .safetensors or .npz.
+  config.initial = ''
 
   config.data = ConfigDict()
   config.data.name = 'celebamask_hq'

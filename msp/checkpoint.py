@@ -107,6 +107,12 @@ class Checkpoints:
     )
     return restored['state'], restored['meta']
 
+  def restore_any(self, step: int) -> dict:
+    """Reads the training state of a checkpoint as it was saved, as nested dicts."""
+    return self._manager.restore(
+      step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
+    )['state']
+
 
 def _check_leaves(saved, target, where):
   shapes = lambda tree: {

@@ -287,24 +287,30 @@ def write(folder: Path, result: Compact) -> None:
     raise UserError(f'cannot write to {folder}: {e.strerror}') from None
 
 
-def read(folder: Path, model: multitask.MultiTask) -> Compact:
-  """Reads what `write` wrote.
+def read_arrays(folder: Path) -> tuple[Shape, dict[str, np.ndarray], bool]:
+  """Reads what `write` wrote, of whatever network.
 
   Args:
     folder: of the compact network.
-    model: the network it was before, from the same configuration.
+
+  Returns:
+    The shape of the backbone, arrays by 'params/…' and 'batch_stats/…', and whether
+    the norms are folded.
 
   Raises:
-    UserError: there is none, it is damaged, or of another network.
+    UserError: there is none, or it is damaged.
   """
   try:
     shape = json.loads((folder / 'shape.json').read_text())
     with (folder / 'arrays.npz').open('rb') as file, np.load(file) as content:
       arrays = dict(content)
-    folded = shape['folded']
-    shape = Shape(
-      tuple(shape['widths'].items()),
-      tuple((name, tuple(channels)) for name, channels in shape['gathers'].items()),
+    return (
+      Shape(
+        tuple(shape['widths'].items()),
+        tuple((name, tuple(channels)) for name, channels in shape['gathers'].items()),
+      ),
+      arrays,
+      shape['folded'],
     )
   except (
     OSError,
@@ -317,6 +323,19 @@ def read(folder: Path, model: multitask.MultiTask) -> Compact:
     raise UserError(
       f'no compact network in {folder} ({e}); make one with --mode compact'
     ) from None
+
+
+def read(folder: Path, model: multitask.MultiTask) -> Compact:
+  """Reads what `write` wrote.
+
+  Args:
+    folder: of the compact network.
+    model: the network it was before, from the same configuration.
+
+  Raises:
+    UserError: there is none, it is damaged, or of another network.
+  """
+  shape, arrays, folded = read_arrays(folder)
   model = model._replace(backbone=model.backbone.clone(shape=shape))
   if folded:
     model = _fold_model(model)

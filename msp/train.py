@@ -1,6 +1,7 @@
 """The loop: data, logging, evaluation, checkpoints; no mathematics."""
 
 import functools
+import importlib.util
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ from msp import (
   transforms,
 )
 from msp import groups as gr
+from msp import initial as initial_module
 from msp import tasks as task_module
 from msp import workdir as workdir_module
 from msp.checkpoint import Checkpoints
@@ -55,8 +57,9 @@ class Experiment(NamedTuple):
   model: multitask.MultiTask
   tasks: Mapping[str, task_module.Task]
   groups: gr.Groups
-  init: Any  # (key, batch) -> TrainState
+  init: Any  # (key, batch, initial) -> TrainState
   train_step: Step
+  initial: tuple[PyTree, PyTree]  # params and batch_stats by path, for `init`
 
 
 def build(
@@ -86,18 +89,37 @@ def build(
   unroll = jax.default_backend() == 'cpu' if unroll == 'auto' else unroll == 'yes'
   network = dict(config.model)
   if network['convolution_implementation'] == 'auto' and jax.default_backend() == 'cpu':
-    # XLA's own convolutions are the faster ones on CPU, but 7 to 35 times slower in
-    # a loop body, where matrix products are not.
+    # XLA's own narrow convolutions are the faster ones on CPU, but 7 to 35 times slower
+    # in a loop body, where matrix products are not.
     straight = unroll or config.meta.inner_steps == 0
     # The solver of the implicit hypergradient is a loop, too.
     straight &= config.sparsity.hypergradient != 'implicit'
-    network['convolution_implementation'] = 'lax' if straight else 'matmul'
+    network['convolution_implementation'] = 'mixed' if straight else 'matmul'
   model = multitask.build(
     {name: (task.head, task.outputs) for name, task in tasks.items()}, **network
   )
+  initial = initial_module.read(config.initial, model)
+  if initial.source:
+    model = model._replace(backbone=model.backbone.clone(shape=initial.shape))
   shape = (*config.data.image_size, 3)
-  init_model = lambda key: multitask.init(model, key, shape)
-  abstract, _ = jax.eval_shape(init_model, jax.random.key(0))
+  combination = Combination(config.loss.combination, _weights(config))
+
+  def init_model(key):
+    params, batch_stats = multitask.init(model, key, shape)
+    if combination.how == 'uncertainty':
+      params['log_vars'] = {name: jnp.zeros(()) for name in tasks}
+    return params, batch_stats
+
+  abstract, abstract_stats = jax.eval_shape(init_model, jax.random.key(0))
+  *given, fresh = initial_module.fitting(initial, abstract, abstract_stats)
+  if initial.source:
+    logger.info(
+      'initial weights: %d arrays of %s; fresh: %s; not used of it: %s',
+      sum(map(len, given)),
+      initial.source,
+      ', '.join(fresh) or 'none',
+      ', '.join(initial.skipped) or 'none',
+    )
   sparsity = config.sparsity
   options = {k: v for k, v in sparsity.penalty_options.items() if v is not None}
   penalty = get_penalty(sparsity.penalty, **options)
@@ -130,16 +152,13 @@ def build(
   rho_optimizer = transforms.build(
     sparsity.optimizers[objective.kind], f'sparsity.optimizers.{objective.kind}'
   )
-  combination = Combination(config.loss.combination, _weights(config))
   _check_traced(config, abstract, outer, inner)
   if differentiated and sparsity.hypergradient == 'implicit':
     _check_fixed_point(config, abstract, inner)
 
-  def init(key, batch):
+  def init(key, batch, initial=({}, {})):
     key_params, key_gradient = jax.random.split(key)
-    params, batch_stats = init_model(key_params)
-    if combination.how == 'uncertainty':
-      params['log_vars'] = {name: jnp.zeros(()) for name in tasks}
+    params, batch_stats = map(gr.replace, init_model(key_params), initial)
     state = TrainState(
       jnp.zeros((), jnp.int32), params, batch_stats, outer.init(params)
     )
@@ -185,7 +204,7 @@ def build(
     tangent_max_norm=sparsity.tangent_max_norm,
     unroll=unroll,
   )
-  return Experiment(model, tasks, groups, init, train_step)
+  return Experiment(model, tasks, groups, init, train_step, tuple(given))
 
 
 def _uses_hold_out(config):
@@ -583,9 +602,9 @@ def export_run(
 ) -> Path:
   """Exports a run's latest checkpoint, compacted and its batch norms folded.
 
-  Writes `export/` in the work directory: model.stablehlo, and a model card as
-  model_card.json and model_card.md. The file is read again and compared with the
-  network before it is kept.
+  Writes `export/` in the work directory: model.stablehlo, model.onnx where jax2onnx
+  is installed, and a model card as model_card.json and model_card.md. A file is read
+  again and compared with the network before it is kept.
 
   Args:
     config: the run's own.
@@ -610,11 +629,13 @@ def export_run(
   if network.model.backbone.norm == 'batch':
     network = compact.fold(network)
   predict = export.predictor(network, tasks, shape)
-  logger.info('exporting for %s', ', '.join(export.PLATFORMS))
-  content = export.serialize(predict, shape)
   batch = next(iter(data.eval_batches(run.splits.val, config.tasks, batch_size=PANELS)))
-  worst = export.check(content, predict, batch['image'])
-  logger.info('read again: predictions differ by at most %.1e', worst)
+  files = {}
+  for name, form in _export_forms().items():
+    logger.info('exporting %s', name)
+    files[name] = form.serialize(predict, shape)
+    worst = form.check(files[name], predict, batch['image'])
+    logger.info('read again: predictions differ by at most %.1e', worst)
   stand_in = ' (procedural stand-in)' if config.data.procedural_images else ''
   card = export.card(
     config.name,
@@ -630,8 +651,7 @@ def export_run(
     f'{config.data.name}{stand_in}; the terms of that data set apply',
   )
   folder = workdir / 'export'
-  files = {
-    'model.stablehlo': bytes(content),
+  files |= {
     'model_card.json': json.dumps(card, indent=2).encode(),
     'model_card.md': export.card_text(card).encode(),
   }
@@ -642,6 +662,20 @@ def export_run(
   except OSError as e:
     raise UserError(f'cannot write to {folder}: {e.strerror}') from None
   return folder / 'model.stablehlo'
+
+
+def _export_forms():
+  """File name -> the module that serialises to it and checks it."""
+  forms = {'model.stablehlo': export}
+  if importlib.util.find_spec('jax2onnx') is None:
+    logger.info(
+      'no model.onnx: jax2onnx is not installed; its own environment has it, '
+      'pip install -r requirements-onnx.txt'
+    )
+    return forms
+  from msp import onnx
+
+  return forms | {'model.onnx': onnx}
 
 
 class Progress(NamedTuple):
@@ -698,10 +732,10 @@ class Run(NamedTuple):
     init = jax.jit(self.experiment.init, out_shardings=self.replicated)
     key = jax.random.key(self.config.seed)
     if not abstract:
-      return init(key, batch)
+      return init(key, batch, self.experiment.initial)
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated),
-      jax.eval_shape(init, key, batch),
+      jax.eval_shape(init, key, batch, self.experiment.initial),
     )
 
   def evaluate(self, eval_step, state: TrainState, source: data.Source) -> dict:

@@ -447,6 +447,24 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
   small = compact.read(tmp_path / 'compact', experiment.model)
   assert compact.compact(*small).model.backbone.shape == small.model.backbone.shape
 
+  # Training goes on with what is left, and from that run again.
+  followers = []
+  for source in (tmp_path / 'compact', tmp_path / 'second'):
+    dense = config(faces, **{'meta.inner_steps': 0, 'train.steps': 1})
+    dense.sparsity.coefficient = 'none'
+    dense.initial = str(source)
+    followers.append(tmp_path / ('second' if not followers else 'third'))
+    run(dense, followers[-1])
+    row = rows(followers[-1])[-1]
+    assert row['alive_groups']['layer1_0/conv1'] == 1
+  with Checkpoints(followers[0]) as checkpoints:
+    before = gr.by_path(checkpoints.restore_any(1)['params'])
+  begun = train.build(dense, data.labels(c.data.name))
+  assert begun.model.backbone.shape.gathers == small.model.backbone.shape.gathers
+  for path, leaf in begun.initial[0].items():
+    np.testing.assert_array_equal(leaf, before[path])
+  assert set(begun.initial[0]) == set(before)
+
   # The exported file needs nothing of this project.
   file = train.export_run(c, tmp_path, jax.devices()[:1])
   alone = jax.export.deserialize(bytearray(file.read_bytes()))

@@ -1,0 +1,216 @@
+"""Initial weights from elsewhere: a compact network, a run, a PyTorch backbone."""
+
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from msp import compact
+from msp import groups as gr
+from msp.checkpoint import Checkpoints
+from msp.errors import UserError
+from msp.models import multitask
+from msp.models.resnet import WHOLE, Shape
+
+PyTree = Any
+
+# Where a PyTorch ResNet keeps its stem: CSAIL's and Less is More's names, timm's.
+_STEM = {
+  'conv1': 'stem_conv1', 'bn1': 'stem_norm1', 'conv2': 'stem_conv2',
+  'bn2': 'stem_norm2', 'conv3': 'stem_conv3', 'bn3': 'stem_norm3',
+}  # fmt: skip
+_TIMM_STEM = {
+  'conv1.0': 'stem_conv1', 'conv1.1': 'stem_norm1', 'conv1.3': 'stem_conv2',
+  'conv1.4': 'stem_norm2', 'conv1.6': 'stem_conv3', 'bn1': 'stem_norm3',
+}  # fmt: skip
+_LEAVES = {
+  'weight': ('params', 'scale'),
+  'bias': ('params', 'bias'),
+  'running_mean': ('batch_stats', 'mean'),
+  'running_var': ('batch_stats', 'var'),
+}
+
+
+class Initial(NamedTuple):
+  """Arrays to start from.
+
+  Attributes:
+    source: what they were read from.
+    shape: of the backbone they belong to.
+    params: parameters by path; empty means that nothing is given.
+    batch_stats: running statistics by path.
+    skipped: names in the source that no backbone has.
+  """
+
+  source: str = ''
+  shape: Shape = WHOLE
+  params: Mapping[str, np.ndarray] = {}
+  batch_stats: Mapping[str, np.ndarray] = {}
+  skipped: tuple[str, ...] = ()
+
+
+NOTHING = Initial()
+
+
+def read(source: str, model: multitask.MultiTask) -> Initial:
+  """Reads initial weights, whatever wrote them.
+
+  Args:
+    source: '' for none; a folder that --mode compact wrote, whose widths and gathers
+      come along; the work directory of a run (its latest checkpoint); or a state dict
+      of a PyTorch ResNet-D, `.safetensors` or `.npz`, by the names of timm or of
+      Less is More. Stems of other widths come along, too.
+    model: the network of the configuration, for its stages and kind of block.
+
+  Returns:
+    The arrays by our paths.
+
+  Raises:
+    UserError: there is nothing of that kind, it is damaged, or of another depth.
+  """
+  if not source:
+    return NOTHING
+  path = Path(source)
+  if (path / 'shape.json').exists():
+    shape, arrays, folded = compact.read_arrays(path)
+    if folded:
+      raise UserError(
+        f'{source} has its norms folded and cannot be trained; use {path.parent}'
+      )
+    split = lambda kind: {
+      name.removeprefix(f'{kind}/'): x
+      for name, x in arrays.items()
+      if name.startswith(f'{kind}/')
+    }
+    return Initial(source, shape, split('params'), split('batch_stats'))
+  if (path / 'checkpoints').is_dir():
+    return _read_run(source, model)
+  if path.suffix in ('.npz', '.safetensors'):
+    return _from_torch(source, _read_file(path), model)
+  raise UserError(
+    f'initial={source}: no compact network, work directory, .npz or .safetensors file'
+  )
+
+
+def _read_run(source, model):
+  with Checkpoints(Path(source)) as checkpoints:
+    latest = checkpoints.latest_step()
+    if latest is None:
+      raise UserError(f'initial={source}: no complete checkpoint in it')
+    state = checkpoints.restore_any(latest)
+  params = jax.device_get(gr.by_path(state['params']))
+  # Widths are those of the arrays; what a kernel gathers is where that run began.
+  config = json.loads((Path(source) / 'config.json').read_text())
+  gathers = read(config.get('initial', ''), model).shape.gathers
+  shape = Shape(_widths(params, model), gathers)
+  stats = jax.device_get(gr.by_path(state['batch_stats']))
+  return Initial(source, shape, params, stats)
+
+
+def _read_file(path):
+  try:
+    if path.suffix == '.safetensors':
+      return load_file(path)
+    with path.open('rb') as file, np.load(file) as content:
+      return dict(content)
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as e:
+    raise UserError(f'initial={path}: not readable ({e})') from None
+
+
+def _from_torch(source, arrays, model):
+  """A PyTorch backbone's arrays by our names."""
+  first = next((k for k in arrays if k.endswith('layer1.0.conv1.weight')), None)
+  if first is None:
+    raise UserError(
+      f'initial={source}: no ResNet in it (nothing ends in layer1.0.conv1.weight)'
+    )
+  prefix = first.removesuffix('layer1.0.conv1.weight')
+  stem = _TIMM_STEM if f'{prefix}conv1.0.weight' in arrays else _STEM
+  found, skipped = {'params': {}, 'batch_stats': {}}, []
+  for name, array in arrays.items():
+    module, _, leaf = name.removeprefix(prefix).rpartition('.')
+    ours = _module(module, array, stem) if name.startswith(prefix) else None
+    if ours is None or leaf not in _LEAVES:
+      if leaf != 'num_batches_tracked':
+        skipped.append(name)
+      continue
+    kind, ours_leaf = _LEAVES[leaf]
+    if array.ndim == 4:
+      ours_leaf, array = 'kernel', array.transpose(2, 3, 1, 0)
+    found[kind][f'backbone/{ours}/{ours_leaf}'] = array.astype(np.float32)
+  shape = Shape(_widths(found['params'], model))
+  return Initial(source, shape, **found, skipped=tuple(skipped))
+
+
+def _module(module, array, stem):
+  """Our name of a PyTorch module of a ResNet; None if it has no counterpart."""
+  if module in stem:
+    return stem[module]
+  match = re.fullmatch(r'layer(\d)\.(\d+)\.(?:(conv|bn)(\d)|downsample\.\d)', module)
+  if not match:
+    return None
+  stage, block, kind, number = match.groups()
+  if kind is None:  # the numbers in `downsample` depend on a pooling before them
+    inside = 'shortcut_conv' if array.ndim == 4 else 'shortcut_norm'
+  else:
+    inside = f'{"conv" if kind == "conv" else "norm"}{number}'
+  return f'layer{stage}_{block}/{inside}'
+
+
+def _widths(params, model):
+  """(stream, channels) of arrays, by path; streams they lack are left to `fitting`."""
+  return tuple(
+    (s.name, params[s.writers[0]].shape[-1])
+    for s in multitask.streams(model)
+    if s.writers[0] in params
+  )
+
+
+def fitting(initial: Initial, params: PyTree, batch_stats: PyTree) -> tuple:
+  """The arrays that take the place of fresh ones; a head that does not fit is left.
+
+  Args:
+    initial: from `read`.
+    params: θ of the model, or its shapes.
+    batch_stats: running statistics, likewise.
+
+  Returns:
+    (parameters by path, running statistics by path, paths of leaves that stay fresh).
+
+  Raises:
+    UserError: the backbone is another one; says which leaves differ.
+  """
+  if not initial.source:
+    return {}, {}, ()
+  fresh, differ = [], []
+
+  def choose(arrays, tree):
+    leaves, used = gr.by_path(tree), {}
+    shapes = lambda of: {path: tuple(x.shape) for path, x in of.items()}
+    have, want = shapes(arrays), shapes(leaves)
+    for path in have.keys() | want.keys():
+      if have.get(path) == want.get(path):
+        used[path] = arrays[path]
+      elif path.startswith('backbone/'):
+        differ.append(
+          f'{path} {have.get(path, "absent")}, this model {want.get(path, "absent")}'
+        )
+      elif path in want:
+        fresh.append(path)
+    return used
+
+  used = choose(initial.params, params), choose(initial.batch_stats, batch_stats)
+  if differ:
+    raise UserError(
+      f'initial={initial.source} holds another backbone; {len(differ)} leaves differ: '
+      f'{"; ".join(sorted(differ)[:3])}{"; …" if len(differ) > 3 else ""}. Set model.* '
+      f'to its depth and width'
+    )
+  return (*used, tuple(sorted(fresh)))

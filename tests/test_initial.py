@@ -1,0 +1,237 @@
+"""Initial weights from compact networks, runs and PyTorch files."""
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from msp import compact
+from msp import groups as gr
+from msp.errors import UserError
+from msp.initial import fitting, read
+from msp.models import multitask
+from tests.networks import HEADS, small_network
+
+SIZE = (24, 32)
+DILATIONS = (1, 1, 2, 4)
+STRIDES = (1, 2, 1, 1)
+
+
+def state_dict(widths, block, blocks, timm, seed=0):
+  """A PyTorch ResNet-D as its file has it: name -> array.
+
+  Args:
+    widths: of the three stem convolutions and the four stages.
+    block: 'basic' or 'bottleneck'.
+    blocks: in each stage.
+    timm: timm's names, else those of Less is More.
+    seed: of the numbers.
+  """
+  rng = np.random.default_rng(seed)
+  arrays = {}
+
+  def conv(name, inputs, outputs, size):
+    std = (2 / (inputs * size * size)) ** 0.5
+    arrays[f'{name}.weight'] = rng.normal(0, std, (outputs, inputs, size, size))
+
+  def norm(name, channels):
+    arrays[f'{name}.weight'] = rng.uniform(0.5, 1.5, channels)
+    arrays[f'{name}.bias'] = rng.uniform(-0.3, 0.3, channels)
+    arrays[f'{name}.running_mean'] = rng.uniform(-0.2, 0.2, channels)
+    arrays[f'{name}.running_var'] = rng.uniform(0.5, 1.5, channels)
+    arrays[f'{name}.num_batches_tracked'] = np.array(7)
+
+  stem = ('conv1.0', 'conv1.1', 'conv1.3', 'conv1.4', 'conv1.6', 'bn1')
+  if not timm:
+    stem = ('conv1', 'bn1', 'conv2', 'bn2', 'conv3', 'bn3')
+  inputs = 3
+  for i, width in enumerate(widths[:3]):
+    conv(stem[2 * i], inputs, width, 3)
+    norm(stem[2 * i + 1], width)
+    inputs = width
+  for stage, (width, count) in enumerate(zip(widths[3:], blocks, strict=True), 1):
+    for i in range(count):
+      name = f'layer{stage}.{i}'
+      total = width * (4 if block == 'bottleneck' else 1)
+      sizes = (1, 3, 1) if block == 'bottleneck' else (3, 3)
+      at = inputs
+      for j, size in enumerate(sizes, 1):
+        outputs = total if j == len(sizes) else width
+        conv(f'{name}.conv{j}', at, outputs, size)
+        norm(f'{name}.bn{j}', outputs)
+        at = outputs
+      if i == 0:
+        first = 1 if timm else 0  # timm pools before it
+        conv(f'{name}.downsample.{first}', inputs, total, 1)
+        norm(f'{name}.downsample.{first + 1}', total)
+      inputs = total
+  arrays['fc.weight'] = rng.normal(size=(10, inputs))
+  return {k: x.astype(np.float32) for k, x in arrays.items()}
+
+
+def reference(arrays, image, block, blocks, timm):
+  """The forward pass in evaluation mode, channels first, in NumPy alone."""
+
+  def conv(name, x, stride=1, dilation=1):
+    kernel = arrays[f'{name}.weight'].astype(float)
+    size = kernel.shape[-1]
+    pad = dilation * (size // 2)
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))
+    rows, columns = ((n - dilation * (size - 1) - 1) // stride + 1 for n in x.shape[1:])
+    y = 0
+    for u in range(size):
+      for v in range(size):
+        top, left = u * dilation, v * dilation
+        seen = x[:, top : top + rows * stride : stride, left:][:, :rows]
+        seen = seen[:, :, : columns * stride : stride]
+        y = y + np.einsum('oi,ihw->ohw', kernel[:, :, u, v], seen)
+    return y
+
+  def norm(name, x):
+    leaf = lambda part: arrays[f'{name}.{part}'].astype(float)[:, None, None]
+    x = (x - leaf('running_mean')) / np.sqrt(leaf('running_var') + 1e-5)
+    return x * leaf('weight') + leaf('bias')
+
+  relu = lambda x: np.maximum(x, 0)
+  stem = ('conv1.0', 'conv1.1', 'conv1.3', 'conv1.4', 'conv1.6', 'bn1')
+  if not timm:
+    stem = ('conv1', 'bn1', 'conv2', 'bn2', 'conv3', 'bn3')
+  x = image.transpose(2, 0, 1).astype(float)
+  for i, stride in enumerate((2, 1, 1)):
+    x = relu(norm(stem[2 * i + 1], conv(stem[2 * i], x, stride)))
+  padded = np.pad(x, ((0, 0), (1, 1), (1, 1)), constant_values=-np.inf)
+  rows, columns = ((n - 3) // 2 + 1 for n in padded.shape[1:])
+  x = np.max(
+    [
+      padded[:, u : u + 2 * rows - 1 : 2, v : v + 2 * columns - 1 : 2]
+      for u in range(3)
+      for v in range(3)
+    ],
+    axis=0,
+  )
+  spatial = 2 if block == 'bottleneck' else 1
+  for stage, count in enumerate(blocks, 1):
+    dilation = DILATIONS[stage - 1]
+    for i in range(count):
+      name, stride = f'layer{stage}.{i}', STRIDES[stage - 1] if i == 0 else 1
+      y, last = x, 3 if block == 'bottleneck' else 2
+      for j in range(1, last + 1):
+        y = conv(f'{name}.conv{j}', y, stride if j == spatial else 1, dilation)
+        y = norm(f'{name}.bn{j}', y)
+        y = relu(y) if j < last else y
+      if i == 0:
+        first = 1 if timm else 0
+        x = norm(
+          f'{name}.downsample.{first + 1}',
+          conv(f'{name}.downsample.{first}', x, stride),
+        )
+      x = relu(x + y)
+  return x.transpose(1, 2, 0)
+
+
+@pytest.mark.parametrize(
+  ('block', 'blocks', 'timm', 'prefix'),
+  [
+    ('bottleneck', (1, 1, 1, 1), True, ''),
+    ('basic', (2, 1, 1, 1), False, 'module.backbone.'),
+  ],
+)
+def test_a_pytorch_backbone_computes_the_same(block, blocks, timm, prefix, tmp_path):
+  # timm's stem is half as wide: its widths come along.
+  stem = (4, 4, 8) if timm else (8, 8, 16)
+  arrays = state_dict((*stem, 8, 16, 32, 64), block, blocks, timm)
+  path = tmp_path / ('backbone.safetensors' if timm else 'backbone.npz')
+  named = {prefix + k: x for k, x in arrays.items()}
+  if timm:
+    safetensors.numpy.save_file(named, path)
+  else:
+    np.savez(path, **named)
+  model = small_network(block, blocks)
+  initial = read(str(path), model)
+  assert initial.skipped == (f'{prefix}fc.weight',)
+  model = model._replace(backbone=model.backbone.clone(shape=initial.shape))
+  params, stats = multitask.init(model, jax.random.key(0), (*SIZE, 3))
+  used, used_stats, fresh = fitting(initial, params, stats)
+  assert fresh
+  assert all(path.startswith('heads/') for path in fresh)
+  params, stats = gr.replace(params, used), gr.replace(stats, used_stats)
+  image = np.random.default_rng(1).random((*SIZE, 3), np.float32)
+  variables = {'params': params['backbone'], 'batch_stats': stats['backbone']}
+  got = model.backbone.apply(variables, image[None], False)[0]
+  wanted = reference(arrays, image, block, blocks, timm)
+  assert got.shape == wanted.shape
+  np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def small(tmp_path):
+  """A network with some channels gone, as a folder of --mode compact."""
+  model = small_network('basic', (1, 1, 1, 1))
+  params, stats = multitask.init(model, jax.random.key(0), (*SIZE, 3))
+  params = jax.device_get(params)
+  for path in ('backbone/layer2_0/conv2/kernel', 'backbone/layer3_0/conv1/kernel'):
+    kernel = np.array(gr.by_path(params)[path])
+    kernel[..., ::2, :] = 0
+    params = gr.replace(params, {path: kernel})
+  result = compact.compact(model, params, stats)
+  compact.write(tmp_path / 'compact', result)
+  return model, result
+
+
+def test_a_compact_network_with_another_head(tmp_path):
+  model, result = small(tmp_path)
+  initial = read(str(tmp_path / 'compact'), model)
+  assert initial.shape == result.model.backbone.shape
+  heads = HEADS | {'regions': ('dense', 5), 'young': ('classification', 1)}
+  other = multitask.build(
+    heads, blocks=(1, 1, 1, 1), block='basic', width=0.125, head_features=8
+  )
+  other = other._replace(backbone=other.backbone.clone(shape=initial.shape))
+  shapes = jax.eval_shape(
+    lambda key: multitask.init(other, key, (*SIZE, 3)), jax.random.key(0)
+  )
+  used, stats, fresh = fitting(initial, *shapes)
+  wanted = gr.by_path(result.params)
+  for path, array in used.items():
+    np.testing.assert_array_equal(array, wanted[path])
+  assert stats
+  # The head of other classes keeps what fits; its last layer and the new head do not.
+  assert all(p.startswith(('heads/regions', 'heads/young')) for p in fresh)
+  assert any(p.startswith('heads/young') for p in fresh)
+  assert any(p.startswith('heads/smiling') for p in used)
+
+
+def test_what_cannot_be_begun_with(tmp_path):
+  model, result = small(tmp_path)
+  compact.write(tmp_path / 'compact' / 'folded', compact.fold(result))
+  with pytest.raises(UserError, match='norms folded and cannot be trained'):
+    read(str(tmp_path / 'compact' / 'folded'), model)
+  with pytest.raises(UserError, match=r'no compact network, work directory, \.npz'):
+    read(str(tmp_path / 'nowhere'), model)
+  (tmp_path / 'run' / 'checkpoints').mkdir(parents=True)
+  with pytest.raises(UserError, match='no complete checkpoint'):
+    read(str(tmp_path / 'run'), model)
+  for name in ('damaged.npz', 'damaged.safetensors'):
+    (tmp_path / name).write_bytes(b'1234567890')
+    with pytest.raises(UserError, match=f'{name}: not readable'):
+      read(str(tmp_path / name), model)
+  np.savez(tmp_path / 'other.npz', weight=np.zeros(3))
+  with pytest.raises(UserError, match='no ResNet in it'):
+    read(str(tmp_path / 'other.npz'), model)
+
+
+@pytest.mark.parametrize('blocks', [(2, 1, 1, 1), (1, 1, 1, 1)])
+def test_another_depth_is_refused(blocks, tmp_path):
+  mine = (1, 1, 1, 1) if blocks != (1, 1, 1, 1) else (1, 1, 2, 1)
+  arrays = state_dict((8, 8, 16, 8, 16, 32, 64), 'basic', blocks, timm=False)
+  np.savez(tmp_path / 'x.npz', **arrays)
+  model = small_network('basic', mine)
+  initial = read(str(tmp_path / 'x.npz'), model)
+  model = model._replace(backbone=model.backbone.clone(shape=initial.shape))
+  shapes = jax.eval_shape(
+    lambda key: multitask.init(model, key, (*SIZE, 3)), jax.random.key(0)
+  )
+  where = r'layer1_1/\S+ \(.*\), this model absent'
+  if blocks == (1, 1, 1, 1):
+    where = r'layer3_1/\S+ absent, this model \('
+  with pytest.raises(UserError, match=f'holds another backbone; .*{where}'):
+    fitting(initial, *shapes)
