@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from msp import groups as gr
 from msp.compact import Compact, compact, difference, fold, read, write
@@ -259,3 +261,64 @@ def test_folding_and_files(tmp_path):
   grouped = small_network('basic', (1, 1, 1, 1), 'group')
   with pytest.raises(UserError, match='group normalisation cannot be folded'):
     fold(Compact(grouped, *draw(grouped, 17)))
+
+
+# What is dead of the channels of one kernel or stream.
+PATTERNS = ('none', 'some', 'all but one', 'all')
+
+
+def draw_dead(pattern, count, rng):
+  dead = rng.random(count) < 0.5
+  if pattern != 'some':
+    dead[:] = pattern != 'none'
+  if pattern == 'all but one':
+    dead[rng.integers(count)] = False
+  return dead
+
+
+@pytest.mark.slow
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+  block=st.sampled_from(['basic', 'bottleneck']),
+  blocks=st.sampled_from([(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 2, 2)]),
+  norm=st.sampled_from(['batch', 'batch', 'group']),
+  patterns=st.data(),
+  seed=st.integers(0, 2**20),
+)
+def test_any_pattern_in_any_network(block, blocks, norm, patterns, seed):
+  """Inputs of readers, outputs of writers, norms: each dead in its own way."""
+  model = small_network(block, blocks, norm)
+  params, stats = draw(model, seed)
+  rng = np.random.default_rng(seed)
+  leaves = {path: np.array(leaf) for path, leaf in gr.by_path(params).items()}
+  for s in multitask.streams(model):
+    # Between blocks at most all but one, or nothing would reach the outputs.
+    allowed = st.sampled_from(PATTERNS if '/conv' in s.name else PATTERNS[:3])
+    for reader in s.readers:
+      if reader.startswith('backbone/'):
+        kernel = leaves[reader]
+        pattern = patterns.draw(allowed, label=reader)
+        kernel[..., draw_dead(pattern, kernel.shape[-2], rng), :] = 0
+    for writer, norm_path in zip(s.writers, s.norms, strict=True):
+      pattern = patterns.draw(st.sampled_from(PATTERNS), label=writer)
+      dead = draw_dead(pattern, leaves[writer].shape[-1], rng)
+      leaves[writer][..., dead] = 0
+      silenced = draw_dead('some', dead.size, rng) & dead
+      leaves[f'{norm_path}/scale'][silenced] = 0
+      leaves[f'{norm_path}/bias'][silenced] = 0
+  sparse = gr.replace(params, leaves)
+  try:
+    result = compact(model, sparse, stats)
+  except UserError as e:
+    # Truly cut: the outputs do not depend on the image.
+    images = jax.random.uniform(jax.random.key(1), (2, *SIZE, 3))
+    one, other = multitask.apply(model, sparse, stats, images, train=False)[0][
+      'smiling'
+    ]
+    np.testing.assert_allclose(one, other, atol=1e-6, err_msg=str(e))
+    return
+  wanted, got = outputs(model, sparse, stats), outputs(*result)
+  for name in wanted:
+    scale = np.abs(wanted[name]).max()
+    np.testing.assert_allclose(got[name], wanted[name], rtol=0, atol=1e-5 * scale)
+  assert size(result.params) <= size(params)

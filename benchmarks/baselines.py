@@ -1,0 +1,188 @@
+"""Learned sparsity against pruning after training, at the same FLOPs.
+
+  python -m benchmarks.baselines camvid --source /path/to/CamVid --out DIR
+  python -m benchmarks.baselines faces --out DIR
+  ... --learned 'budget 0.7' --seeds 3 --steps 420 --tune 140
+
+A dense run and one with learned λ (a row of benchmarks/learned_lambda.py) are trained
+for --steps. The learned one is compacted. The dense one is pruned to the same backbone
+FLOPs, by magnitude, at random and by the first-order change of the loss, with the
+learned run's counts for each layer ('layers') or by rank in the whole network
+('global'), and compacted. All of them, and the dense network itself, are then trained
+on for --tune more steps. Ends with DIR/table.md: mean ± standard deviation over seeds.
+
+Every run is an ordinary one in DIR/<row>/<seed>; the same command goes on after a kill.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import jax
+
+import data
+from benchmarks import learned_lambda
+from msp import compact, prune, train
+from msp import groups as gr
+from msp import tasks as task_module
+from msp.checkpoint import Checkpoints
+from msp.errors import UserError
+from msp.metrics import delta_m
+from msp.models import multitask
+from msp.train_step import Combination, task_losses
+
+SAME_IMAGES = {'data.hold_out': 0.2}
+TUNE = {'sparsity.coefficient': 'none', 'meta.inner_steps': 0}
+
+
+class Network:
+  """The final state of a run, with what is needed to prune it."""
+
+  def __init__(self, config, workdir):
+    """Reads the latest checkpoint."""
+    self.config = config
+    self.experiment = train.build(config, data.labels(config.data.name))
+    with Checkpoints(workdir) as checkpoints:
+      state = checkpoints.restore_any(checkpoints.latest_step())
+    state = jax.device_get(state)
+    self.params, self.stats = state['params'], state['batch_stats']
+
+  def compacted(self, params):
+    """The compact network, and its backbone's FLOPs an image."""
+    result = compact.compact(self.experiment.model, params, self.stats)
+    shape = (*self.config.data.image_size, 3)
+    positions = multitask.positions(result.model, shape)
+    leaves = gr.by_path(result.params)
+    return result, sum(2 * leaves[path].size * n for path, n in positions.items())
+
+  def gradients(self, batches):
+    """Mean gradient of the summed losses over some batches."""
+    e = self.experiment
+    loss = lambda params, batch: task_losses(
+      e.model,
+      e.tasks,
+      Combination('sum', {}),
+      params,
+      self.stats,
+      batch,
+      jax.random.key(0),
+    )[0]
+    slope = jax.jit(jax.grad(loss))
+    found = [slope(self.params, batch) for batch in batches]
+    return jax.tree.map(lambda *x: sum(x) / len(x), *found)
+
+  def pruned(self, scores, alive, flops):
+    """Compacted after pruning to counts for each layer, and by rank to some FLOPs."""
+    groups = self.experiment.groups
+    apply = lambda keep: self.compacted(
+      jax.device_get(prune.remove(groups, self.params, keep))
+    )
+    low, high = 0.0, 1.0
+    for _ in range(10):
+      share = (low + high) / 2
+      ranked = apply(prune.keep_globally(scores, share))
+      low, high = (share, high) if ranked[1] > flops else (low, share)
+    return {'layers': apply(prune.keep_per_layer(scores, alive)), 'global': ranked}
+
+
+def tune(config, source, steps, workdir):
+  """Rows of a run that starts from a compact network."""
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(TUNE)
+  config.initial = str(source)
+  config.train.steps = config.train.evaluate_every = steps
+  # From a quarter of the step size that training began with, down to nothing.
+  rate = config.optimizer[0].learning_rate
+  rate.init_value, rate.decay_steps = rate.init_value / 4, steps
+  return learned_lambda.run(config, workdir)
+
+
+def one_seed(arguments, seed):
+  """Name -> (test metrics, backbone FLOPs relative to dense), of one seed."""
+  out = lambda name: arguments.out / name.replace(' ', '_') / str(seed)
+  test = lambda rows: next(row for row in rows if row['split'] == 'test')
+  results, trained = {}, {}
+  for name in ('dense', arguments.learned):
+    config = learned_lambda.configuration(
+      arguments.data_set, arguments.source, name, seed, arguments.steps
+    )
+    config.update_from_flattened_dict(SAME_IMAGES)
+    results[name] = test(learned_lambda.run(config, out(name))), None
+    trained[name] = Network(config, out(name))
+  dense, learned = trained['dense'], trained[arguments.learned]
+  whole, small = dense.compacted(dense.params), learned.compacted(learned.params)
+  networks = {'dense, tuned': whole, f'{arguments.learned}, tuned': small}
+  groups = learned.experiment.groups
+  alive = {k: int(m.sum()) for k, m in gr.alive(groups, learned.params).items()}
+  c = dense.config
+  size = tuple(c.data.image_size)
+  splits = data.open(c.data.name, train.prepare(c), size, c.data.hold_out)
+  stream = data.train_iterator(
+    splits.train, c.tasks, batch_size=c.train.batch_size, seed=seed, flip=False
+  )
+  gradients = dense.gradients([next(stream) for _ in range(4)])
+  for criterion in prune.CRITERIA:
+    scores = prune.score(
+      groups, dense.params, criterion, gradients=gradients, key=jax.random.key(seed)
+    )
+    for how, network in dense.pruned(scores, alive, small[1]).items():
+      networks[f'{criterion}, {how}'] = network
+  for name, (network, work) in networks.items():
+    folder = out(f'{name}, start')
+    compact.write(folder, network)
+    rows = tune(c, folder, arguments.tune, out(name))
+    results[name] = test(rows), work / whole[1]
+  return results
+
+
+def table(results, tasks):
+  """Markdown; `results` is {seed: {name: (test metrics, relative FLOPs)}}."""
+  primaries = [f'{name}/{task.primary}' for name, task in tasks.items()]
+  lines = [
+    f'| network | backbone FLOPs x | {" | ".join(primaries)} | test loss | Δm % |',
+    '|---' * (4 + len(primaries)) + '|',
+  ]
+  for name in next(iter(results.values())):
+    found = [by_name[name] for by_name in results.values()]
+    work = [ratio for _, ratio in found if ratio is not None]
+    cells = [name, learned_lambda.spread(work) if work else '–']
+    for key in (*primaries, 'loss'):
+      cells.append(learned_lambda.spread([metrics[key] for metrics, _ in found]))
+    against = [by_name['dense, tuned'][0] for by_name in results.values()]
+    pairs = zip(found, against, strict=True)
+    cells.append(learned_lambda.spread([delta_m(m, d, tasks) for (m, _), d in pairs]))
+    lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines) + '\n'
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('data_set', choices=learned_lambda.CONFIGS)
+  parser.add_argument('--source', default='', help='folder of the data set')
+  parser.add_argument('--out', type=Path, required=True)
+  parser.add_argument('--learned', default='budget 0.7')
+  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--steps', type=int, default=0)
+  parser.add_argument('--tune', type=int, default=140)
+  arguments = parser.parse_args()
+  if arguments.learned not in learned_lambda.ROWS:
+    sys.exit(f'error: unknown row {arguments.learned!r}')
+  logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s', force=True)
+  jax.config.update('jax_compilation_cache_dir', str(arguments.out / 'compiled'))
+  results = {}
+  try:
+    for seed in range(arguments.seeds):
+      results[seed] = one_seed(arguments, seed)
+      config = learned_lambda.configuration(arguments.data_set, '', 'dense', 0, 0)
+      tasks = task_module.make(config.tasks, data.labels(config.data.name))
+      text = table(results, tasks)
+      (arguments.out / 'table.md').write_text(text)
+  except (UserError, data.DataError) as e:
+    sys.exit(f'error: {e}')
+  print(text)
+  print(f'table: {arguments.out / "table.md"}')
+
+
+if __name__ == '__main__':
+  main()
