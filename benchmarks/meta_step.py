@@ -1,6 +1,6 @@
 """The meta-step: loops against straight programs, and its growth with K.
 
-  python -m benchmarks.meta_step forms     # tiny network, K = 3: four ways to run it
+  python -m benchmarks.meta_step forms     # tiny network, K = 3: five ways to run it
   python -m benchmarks.meta_step growth    # rolled and exact: memory and compile time
   python -m benchmarks.meta_step growth --full   # ResNet-50-D at 256 x 256 instead
 
@@ -10,6 +10,7 @@ process. `growth` compiles only; memory is XLA's own account (temporaries).
 
 import argparse
 import statistics
+import sys
 import time
 
 import jax
@@ -71,6 +72,7 @@ def forms(rounds: int):
     ('yes', 'lax'),
     ('no', 'matmul'),
     ('yes', 'matmul'),
+    ('yes', 'mixed'),
   ):
     config = make_config(full=False)
     config.meta.unroll = unroll
@@ -79,6 +81,7 @@ def forms(rounds: int):
     compiled, seconds = compile_timed(lowered)
     state = jax.jit(experiment.init)(jax.random.key(0), batches['query'])
     programs[unroll, convolution] = [compiled, seconds, state, batches, []]
+    print(f'compiled {unroll=} {convolution=} in {seconds:.0f} s', file=sys.stderr)
   for i in range(rounds + 1):
     for entry in programs.values():
       compiled, _, state, batches, times = entry
