@@ -130,7 +130,7 @@ def multiplications(function, *arguments):
   return total
 
 
-@pytest.mark.parametrize('implementation', ['lax', 'matmul'])
+@pytest.mark.parametrize('implementation', ['lax', 'mixed', 'matmul'])
 @pytest.mark.parametrize(
   ('dilation', 'share'), [(12, (32 + 40) ** 2), (24, 48**2), (36, 32**2)]
 )
@@ -152,6 +152,8 @@ def test_atrous_conv_multiplies_no_padding(implementation, dilation, share):
   [
     ('lax', (8, 8), ((1, 1, 1), (3, 2, 1), (3, 1, 4))),
     ('matmul', (8, 8), ((1, 2, 1), (3, 2, 1), (3, 1, 4))),
+    ('mixed', (8, 8), ((1, 2, 1), (3, 2, 1))),
+    ('mixed', (96, 96), ((3, 2, 2),)),
     ('matmul', (96, 8), ((3, 1, 1), (3, 2, 1))),
     ('matmul', (96, 96), ((3, 1, 1),)),
   ],
@@ -739,7 +741,7 @@ def test_heads_of_an_xla_backbone_avoid_convolutions_on_cpu():
     ({'block': 'wide'}, 'basic, bottleneck'),
     ({'norm': 'layer'}, 'batch, group'),
     ({'dtype': 'float16'}, 'float32, bfloat16, float64'),
-    ({'convolution_implementation': 'fft'}, 'auto, lax, matmul'),
+    ({'convolution_implementation': 'fft'}, 'auto, lax, mixed, matmul'),
     ({'blocks': (1, 1)}, 'four'),
     ({'width': 0}, 'above 0'),
     ({'head_features': 12}, 'multiple of 8'),

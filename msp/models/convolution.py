@@ -5,6 +5,8 @@ times slower than outside of it (`benchmarks/convolution.py` measures it), and
 in a branch of a `lax.cond` several times slower; a matrix product does not
 suffer. The heads run under `lax.cond`, inner loops may run under `lax.scan`, so
 on CPU every convolution is written as matrix products unless told otherwise.
+Outside of loops XLA's narrow 3×3 convolutions are the faster ones there, but the
+gradients of 1×1 and of wide ones are not, by up to 7 times: 'mixed'.
 """
 
 import functools
@@ -20,7 +22,7 @@ from jax.typing import DTypeLike
 
 from msp.errors import UserError
 
-IMPLEMENTATIONS = ('auto', 'lax', 'matmul')
+IMPLEMENTATIONS = ('auto', 'lax', 'mixed', 'matmul')
 
 # Below this share of multiplications inside the picture the separate products
 # beat one dense product that multiplies zero padding.
@@ -34,10 +36,10 @@ def resolve(implementation: str) -> str:
   """Returns the form of convolution to build a model with.
 
   Args:
-    implementation: 'lax', 'matmul', or 'auto': 'matmul' on CPU, else 'lax'.
+    implementation: 'lax', 'mixed', 'matmul', or 'auto': 'matmul' on CPU, else 'lax'.
 
   Returns:
-    'lax' or 'matmul'.
+    'lax', 'mixed' or 'matmul'.
 
   Raises:
     UserError: for any other name.
@@ -68,27 +70,29 @@ def conv(
   with `padding = dilation` for k = 3. The output has ⌈H/s⌉ × ⌈W/s⌉ pixels.
   Every form computes this sum, up to the order of the additions. Where most of
   the taps miss the picture (atrous pyramid pooling, rates near the size of the
-  picture) only those that touch it are computed, by either implementation.
+  picture) only those that touch it are computed, by any implementation.
 
   Args:
     x: (B, H, W, I) picture.
     kernel: (kh, kw, I, O), kh and kw odd, of the dtype of x.
     stride: s ≥ 1.
     dilation: d ≥ 1.
-    implementation: 'lax' (`lax.conv_general_dilated`) or 'matmul' (matrix
-      products over shifted pictures).
+    implementation: 'lax' (`lax.conv_general_dilated`), 'matmul' (matrix products
+      over shifted pictures) or 'mixed' (products for 1×1 and wide kernels, else
+      'lax').
 
   Returns:
     (B, ⌈H/s⌉, ⌈W/s⌉, O), dtype of x.
   """
-  if implementation not in ('lax', 'matmul'):
-    raise ValueError(f'implementation is {implementation!r}, not lax or matmul')
+  if implementation not in ('lax', 'mixed', 'matmul'):
+    raise ValueError(f'implementation is {implementation!r}, not lax, mixed or matmul')
   kh, kw, channels, features = kernel.shape
   if _coverage(x.shape[1:3], (kh, kw), stride, dilation) < _DENSE_COVERAGE:
     return tap_conv(x, kernel, stride, dilation)
-  if implementation == 'lax':
+  small = kh * kw > 1 and min(channels, features) <= _NARROW
+  if implementation == 'lax' or (implementation == 'mixed' and small):
     return lax_conv(x, kernel, stride, dilation)
-  if kh * kw > 1 and min(channels, features) <= _NARROW:
+  if small:
     if features < channels and stride == 1:
       return shift_conv(x, kernel, stride, dilation)
     if channels <= _NARROW:
@@ -279,7 +283,7 @@ class Conv(nn.Module):
     dilation: distance of the taps, and the padding per (size − 1)/2.
     bias: whether a bias is added.
     dtype: of the computation; the parameters are float32.
-    implementation: 'lax' or 'matmul'.
+    implementation: 'lax', 'mixed' or 'matmul'.
   """
 
   features: int

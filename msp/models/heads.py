@@ -38,7 +38,7 @@ class DenseHead(nn.Module):
     dropout: multiplier of the dropout rates (0.3); 0 switches dropout off.
     norm: 'batch' or 'group'.
     dtype: of the computation; the last layer computes in float32 at least.
-    implementation: of the convolutions, 'lax' or 'matmul'.
+    implementation: of the convolutions, 'lax', 'mixed' or 'matmul'.
   """
 
   outputs: int
@@ -96,7 +96,7 @@ class ClassificationHead(nn.Module):
     features: four times the channels of the convolution.
     dropout: multiplier of the dropout rates; 0 switches dropout off.
     dtype: of the convolution; the dense layers compute in float32.
-    implementation: of the convolution, 'lax' or 'matmul'.
+    implementation: of the convolution, 'lax', 'mixed' or 'matmul'.
   """
 
   outputs: int

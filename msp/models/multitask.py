@@ -59,7 +59,7 @@ def build(
       head has a fourth and an eighth of them. A multiple of 8.
     dropout: multiplier of the heads' dropout rates, in [0, 1].
     convolution_implementation: form of the backbone's convolutions, 'lax',
-      'matmul' or 'auto', which is 'matmul' on CPU and 'lax' elsewhere. The
+      'mixed', 'matmul' or 'auto', which is 'matmul' on CPU and 'lax' elsewhere. The
       heads, which stand in `lax.cond`, are always built with 'auto'.
 
   Returns:

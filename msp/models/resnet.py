@@ -78,7 +78,7 @@ class Block(nn.Module):
     shortcut: whether the shortcut is a convolution.
     norm: 'batch' or 'group'.
     dtype: of the computation.
-    implementation: of the convolutions, 'lax' or 'matmul'.
+    implementation: of the convolutions, 'lax', 'mixed' or 'matmul'.
     gathers: convolutions that read some of the channels before them: (name, which).
   """
 
@@ -142,7 +142,7 @@ class ResNet(nn.Module):
     width: multiplier of all widths, rounded to multiples of 4.
     norm: 'batch' or 'group'.
     dtype: of the computation; parameters and norm statistics are float32.
-    implementation: of the convolutions, 'lax' or 'matmul'.
+    implementation: of the convolutions, 'lax', 'mixed' or 'matmul'.
     shape: what `msp.compact` has left of it.
   """
 
