@@ -1,15 +1,16 @@
-"""Learned sparsity against pruning after training, at the same FLOPs.
+"""Learned sparsity against pruning after training.
 
   python -m benchmarks.baselines camvid --source /path/to/CamVid --out DIR
   python -m benchmarks.baselines faces --out DIR
   ... --learned 'budget 0.7' --seeds 3 --steps 420 --tune 140
 
 A dense run and one with learned λ (a row of benchmarks/learned_lambda.py) are trained
-for --steps. The learned one is compacted. The dense one is pruned to the same backbone
-FLOPs, by magnitude, at random and by the first-order change of the loss, with the
-learned run's counts for each layer ('layers') or by rank in the whole network
-('global'), and compacted. All of them, and the dense network itself, are then trained
-on for --tune more steps. Ends with DIR/table.md: mean ± standard deviation over seeds.
+for --steps. The learned one is compacted. The dense one is pruned, by magnitude, at
+random and by the first-order change of the loss: to as many groups in each layer as the
+learned run has left ('layers', FLOPs as they come), or by rank in the whole network to
+at most its backbone FLOPs ('global'). All are compacted, and with the dense network
+trained on for --tune more steps. Ends with DIR/table.md: mean ± standard deviation over
+seeds. An --out is for one choice of --learned, --steps and --tune.
 
 Every run is an ordinary one in DIR/<row>/<seed>; the same command goes on after a kill.
 """
@@ -73,16 +74,19 @@ class Network:
     return jax.tree.map(lambda *x: sum(x) / len(x), *found)
 
   def pruned(self, scores, alive, flops):
-    """Compacted after pruning to counts for each layer, and by rank to some FLOPs."""
+    """Pruned to counts for each layer, and by rank to at most some FLOPs; compacted."""
     groups = self.experiment.groups
     apply = lambda keep: self.compacted(
       jax.device_get(prune.remove(groups, self.params, keep))
     )
-    low, high = 0.0, 1.0
+    low, high, ranked = 0.0, 1.0, None
     for _ in range(10):
       share = (low + high) / 2
-      ranked = apply(prune.keep_globally(scores, share))
-      low, high = (share, high) if ranked[1] > flops else (low, share)
+      found = apply(prune.keep_globally(scores, share))
+      if found[1] > flops:
+        low = share
+      else:
+        high, ranked = share, found
     return {'layers': apply(prune.keep_per_layer(scores, alive)), 'global': ranked}
 
 
@@ -117,7 +121,7 @@ def one_seed(arguments, seed):
   alive = {k: int(m.sum()) for k, m in gr.alive(groups, learned.params).items()}
   c = dense.config
   size = tuple(c.data.image_size)
-  splits = data.open(c.data.name, train.prepare(c), size, c.data.hold_out)
+  splits = data.open(c.data.name, train.folders(c)[1], size, c.data.hold_out)
   stream = data.train_iterator(
     splits.train, c.tasks, batch_size=c.train.batch_size, seed=seed, flip=False
   )
@@ -168,7 +172,8 @@ def main():
   arguments = parser.parse_args()
   if arguments.learned not in learned_lambda.ROWS:
     sys.exit(f'error: unknown row {arguments.learned!r}')
-  logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s', force=True)
+  logging.basicConfig(format='%(asctime)s %(message)s', force=True)
+  logging.getLogger('msp').setLevel(logging.INFO)
   jax.config.update('jax_compilation_cache_dir', str(arguments.out / 'compiled'))
   results = {}
   try:

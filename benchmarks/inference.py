@@ -3,16 +3,16 @@
   python -m benchmarks.inference ours
   python -m benchmarks.inference onnx    # in the environment of requirements-onnx.txt
   python -m benchmarks.inference torch   # needs requirements-bench.txt
-  ... --dead 0.7 --size 256 --batch 1 --rounds 10
+  ... --dead 0.7 --size 256 --batch 1 --rounds 10 --convolution lax
 
-ResNet-50-D with three dense heads (40, 1 and 3 outputs), random weights. `scattered`:
-of every backbone convolution its own random share of input channels is dead, as a
-learned λ leaves them; `coupled`: of every stream the same channels for all that read
-and write it. Medians of rounds in which all networks take turns. FLOPs are counted:
-kernels times the positions where they are applied, taps outside the picture left out.
+ResNet-50-D with three dense heads (40, 1 and 3 outputs), random weights. 'in': of every
+backbone convolution its own random share of input channels is dead, as a learned λ
+leaves them; 'coupled': of every stream the same channels for all that read and write
+it. Medians of rounds in which all networks take turns. FLOPs are those of the program,
+by XLA, which computes no taps outside the picture.
 
-`torch` prunes the backbone of the same network in PyTorch to the same share of FLOPs
-and compares the times there.
+`torch` prunes the backbone of the same network in PyTorch to the same share of FLOPs,
+counted by Torch-Pruning with those taps, and compares the times there.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from msp import groups as gr
 from msp.models import multitask
 
 
-def networks(axis, dead, size):
+def networks(axis, dead, size, convolution):
   """Dense, and with a share of dead channels removed; name -> Compact."""
   model = multitask.build(
-    {f'task{n}': ('dense', n) for n in OUTPUTS}, convolution_implementation='lax'
+    {f'task{n}': ('dense', n) for n in OUTPUTS},
+    convolution_implementation=convolution,
   )
   init = jax.jit(lambda key: multitask.init(model, key, (size, size, 3)))
   dense = compact.Compact(model, *jax.device_get(init(jax.random.key(0))))
@@ -84,9 +85,9 @@ def show(times, work, first):
     )
 
 
-def ours(dead, size, batch, rounds):
+def ours(dead, size, batch, rounds, convolution):
   for axis in ('in', 'coupled'):
-    found = networks(axis, dead, size)
+    found = networks(axis, dead, size, convolution)
     costs = measure.cost(
       {name: tuple(n) for name, n in found.items()},
       (size, size, 3),
@@ -104,7 +105,7 @@ def ours(dead, size, batch, rounds):
     )
 
 
-def onnx(dead, size, batch, rounds):
+def onnx(dead, size, batch, rounds, convolution):
   import onnxruntime
 
   from msp import onnx as exporter
@@ -112,7 +113,7 @@ def onnx(dead, size, batch, rounds):
   images = np.zeros((batch, size, size, 3), np.float32)
   for axis in ('in', 'coupled'):
     calls, work = {}, {}
-    for name, network in networks(axis, dead, size).items():
+    for name, network in networks(axis, dead, size, convolution).items():
       model, params, stats = network
       predict = lambda x, m=model, p=params, s=stats: multitask.apply(
         m, p, s, x, train=False
@@ -126,7 +127,7 @@ def onnx(dead, size, batch, rounds):
     show(alternate(calls, rounds), work, next(iter(calls)))
 
 
-def torch(dead, size, batch, rounds):
+def torch(dead, size, batch, rounds, convolution):
   import torch
   import torch_pruning
 
@@ -141,7 +142,7 @@ def torch(dead, size, batch, rounds):
     memory_format=torch.channels_last
   )
   count = lambda module: torch_pruning.utils.count_ops_and_params(module, image)[0]
-  found = networks('coupled', dead, size)
+  found = networks('coupled', dead, size, convolution)
   ratios = [flops(n, size)[1] for n in found.values()]
   wanted = ratios[1] / ratios[0]
   whole = count(build().backbone)
@@ -205,5 +206,8 @@ if __name__ == '__main__':
   parser.add_argument('--size', type=int, default=256)
   parser.add_argument('--batch', type=int, default=1)
   parser.add_argument('--rounds', type=int, default=10)
+  parser.add_argument(
+    '--convolution', default='mixed', help='see msp.models.convolution'
+  )
   arguments = vars(parser.parse_args())
   parts[arguments.pop('what')](**arguments)

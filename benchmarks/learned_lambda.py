@@ -23,6 +23,7 @@ import data
 from configs import camvid_meta, camvid_multitask, celeba_meta, celeba_multitask
 from msp import tasks as task_module
 from msp import train, writer
+from msp import workdir as workdir_module
 from msp.errors import UserError
 from msp.metrics import delta_m
 
@@ -74,6 +75,7 @@ def configuration(data_set, source, row, seed, steps):
 
 def run(config, workdir):
   """All rows of the run's log; trains what is missing."""
+  workdir_module.check(workdir, config)  # old rows are of the same configuration
   path = workdir / writer.METRICS
   rows = writer.read(path) if path.exists() else []
   if not any(row['split'] == 'test' for row in rows):
@@ -149,7 +151,8 @@ def main():
   for name in names:
     if name not in ROWS:
       sys.exit(f'error: unknown row {name!r}; known: {", ".join(ROWS)}')
-  logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s', force=True)
+  logging.basicConfig(format='%(asctime)s %(message)s', force=True)
+  logging.getLogger('msp').setLevel(logging.INFO)
   # Runs that differ in numbers only share their compiled programs.
   jax.config.update('jax_compilation_cache_dir', str(arguments.out / 'compiled'))
   results = {}

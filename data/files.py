@@ -27,10 +27,15 @@ def read_image(path: Path, image_size: tuple[int, int]) -> np.ndarray:
     (H, W, 3) uint8.
 
   Raises:
-    DataError: the file is missing, truncated or no image.
+    DataError: the file is missing, truncated, no image, or has more than 8 bits a
+      channel, which would be cut off.
   """
   rows, columns = image_size
   with _open(path) as image:
+    if image.mode.startswith(('I', 'F')):
+      raise DataError(
+        f'unreadable image {path}: mode {image.mode} has more than 8 bits a channel'
+      )
     # JPEG only: decode at a half, quarter, ... of the size when at least twice
     # the wanted resolution remains for the antialiased resize.
     image.draft('RGB', (2 * columns, 2 * rows))
@@ -91,7 +96,7 @@ def _open(path: Path) -> Image.Image:
     return Image.open(path)
   except FileNotFoundError:
     raise DataError(f'missing file {path}') from None
-  except OSError as error:
+  except (OSError, Image.DecompressionBombError) as error:
     raise DataError(f'unreadable image {path}: {error}') from None
 
 

@@ -22,8 +22,14 @@ class Checkpoints:
   while saving leaves the previous checkpoint.
   """
 
-  def __init__(self, workdir: Path, score: str = 'score'):
-    """Opens (and creates) `workdir`/checkpoints; best is the highest `score`."""
+  def __init__(self, workdir: Path, score: str = 'score', *, read_only: bool = False):
+    """Opens `workdir`/checkpoints; best is the highest `score`.
+
+    Args:
+      workdir: the checkpoints' folder is created in it, unless `read_only`.
+      score: name under which it is kept.
+      read_only: for the directory of another run, which may be writing to it.
+    """
     # Of equal scores the first is the best, as in the loop's early stopping.
     rank = lambda metrics: (metrics[score], -metrics['step'])
     self._manager = ocp.CheckpointManager(
@@ -45,7 +51,9 @@ class Checkpoints:
             preservation_policy.BestN(get_metric_fn=rank, n=1),
           ]
         ),
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=not read_only,
+        create=not read_only,
+        read_only=read_only,
         # On the CPU a saved array may be the very buffer that the next step,
         # to which the state is donated, overwrites.
         enable_async_checkpointing=jax.default_backend() != 'cpu',
@@ -108,9 +116,28 @@ class Checkpoints:
     return restored['state'], restored['meta']
 
   def restore_any(self, step: int) -> dict:
-    """Reads the training state of a checkpoint as it was saved, as nested dicts."""
+    """Reads the state of a checkpoint, whatever made it, as nested dicts of arrays.
+
+    Args:
+      step: one of the saved steps.
+
+    Returns:
+      The state, on one device; it may have been saved on any number.
+
+    Raises:
+      UserError: the checkpoint is incomplete.
+    """
+    saved = self._manager.item_metadata(step)['state']
+    if saved is None:
+      raise UserError(
+        f'checkpoint {self._manager.directory / str(step)} is incomplete: delete it'
+      )
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), saved
+    )
     return self._manager.restore(
-      step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
+      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     )['state']
 
 

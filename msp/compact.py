@@ -273,11 +273,7 @@ def write(folder: Path, result: Compact) -> None:
     for path, leaf in gr.by_path(tree).items()
   }
   content = json.dumps(
-    {
-      'widths': dict(shape.widths),
-      'gathers': dict(shape.gathers),
-      'folded': result.model.backbone.norm == 'folded',
-    }
+    encode(shape) | {'folded': result.model.backbone.norm == 'folded'}
   )
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -285,6 +281,17 @@ def write(folder: Path, result: Compact) -> None:
     write_file(folder / 'shape.json', lambda f: f.write(content.encode()))
   except OSError as e:
     raise UserError(f'cannot write to {folder}: {e.strerror}') from None
+
+
+def encode(shape: Shape) -> dict:
+  """A shape as data for JSON."""
+  return {'widths': dict(shape.widths), 'gathers': dict(shape.gathers)}
+
+
+def decode(content: dict) -> Shape:
+  """The shape that `encode` gave; KeyError or TypeError if it is none."""
+  gathers = ((name, tuple(channels)) for name, channels in content['gathers'].items())
+  return Shape(tuple(content['widths'].items()), tuple(gathers))
 
 
 def read_arrays(folder: Path) -> tuple[Shape, dict[str, np.ndarray], bool]:
@@ -304,14 +311,7 @@ def read_arrays(folder: Path) -> tuple[Shape, dict[str, np.ndarray], bool]:
     shape = json.loads((folder / 'shape.json').read_text())
     with (folder / 'arrays.npz').open('rb') as file, np.load(file) as content:
       arrays = dict(content)
-    return (
-      Shape(
-        tuple(shape['widths'].items()),
-        tuple((name, tuple(channels)) for name, channels in shape['gathers'].items()),
-      ),
-      arrays,
-      shape['folded'],
-    )
+    return decode(shape), arrays, shape['folded']
   except (
     OSError,
     ValueError,

@@ -18,6 +18,7 @@ from msp.checkpoint import Checkpoints
 from msp.errors import UserError
 from msp.models import multitask
 from msp.models.resnet import WHOLE, Shape
+from msp.workdir import write as write_file
 
 PyTree = Any
 
@@ -56,7 +57,7 @@ class Initial(NamedTuple):
   skipped: tuple[str, ...] = ()
 
 
-NOTHING = Initial()
+_SHAPE = 'backbone.json'
 
 
 def read(source: str, model: multitask.MultiTask) -> Initial:
@@ -66,7 +67,9 @@ def read(source: str, model: multitask.MultiTask) -> Initial:
     source: '' for none; a folder that --mode compact wrote, whose widths and gathers
       come along; the work directory of a run (its latest checkpoint); or a state dict
       of a PyTorch ResNet-D, `.safetensors` or `.npz`, by the names of timm or of
-      Less is More. Stems of other widths come along, too.
+      Less is More. All widths are those of the arrays, whatever `model.width` says.
+      timm's average pool before the shortcuts is left out: its weights are a start,
+      not the same function.
     model: the network of the configuration, for its stages and kind of block.
 
   Returns:
@@ -76,7 +79,7 @@ def read(source: str, model: multitask.MultiTask) -> Initial:
     UserError: there is nothing of that kind, it is damaged, or of another depth.
   """
   if not source:
-    return NOTHING
+    return Initial()
   path = Path(source)
   if (path / 'shape.json').exists():
     shape, arrays, folded = compact.read_arrays(path)
@@ -100,18 +103,35 @@ def read(source: str, model: multitask.MultiTask) -> Initial:
 
 
 def _read_run(source, model):
-  with Checkpoints(Path(source)) as checkpoints:
+  with Checkpoints(Path(source), read_only=True) as checkpoints:
     latest = checkpoints.latest_step()
     if latest is None:
       raise UserError(f'initial={source}: no complete checkpoint in it')
     state = checkpoints.restore_any(latest)
   params = jax.device_get(gr.by_path(state['params']))
-  # Widths are those of the arrays; what a kernel gathers is where that run began.
-  config = json.loads((Path(source) / 'config.json').read_text())
-  gathers = read(config.get('initial', ''), model).shape.gathers
-  shape = Shape(_widths(params, model), gathers)
+  began = kept_shape(Path(source)) or WHOLE
+  shape = Shape(_widths(params, model), began.gathers)
   stats = jax.device_get(gr.by_path(state['batch_stats']))
   return Initial(source, shape, params, stats)
+
+
+def keep_shape(workdir: Path, shape: Shape) -> None:
+  """Writes a run's shape to its directory, which then needs its source no more."""
+  content = json.dumps(compact.encode(shape)).encode()
+  write_file(workdir / _SHAPE, lambda f: f.write(content))
+
+
+def kept_shape(workdir: Path) -> Shape | None:
+  """The shape that `keep_shape` wrote, None if there is none.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  path = workdir / _SHAPE
+  try:
+    return compact.decode(json.loads(path.read_text())) if path.exists() else None
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    raise UserError(f'cannot read {path}: {e}; start the run again') from None
 
 
 def _read_file(path):
@@ -138,6 +158,8 @@ def _from_torch(source, arrays, model):
     module, _, leaf = name.removeprefix(prefix).rpartition('.')
     ours = _module(module, array, stem) if name.startswith(prefix) else None
     if ours is None or leaf not in _LEAVES:
+      if module.startswith('layer') and leaf != 'num_batches_tracked':
+        raise UserError(f'initial={source}: {name} has no counterpart in a ResNet-D')
       if leaf != 'num_batches_tracked':
         skipped.append(name)
       continue
@@ -173,7 +195,23 @@ def _widths(params, model):
   )
 
 
-def fitting(initial: Initial, params: PyTree, batch_stats: PyTree) -> tuple:
+class Fitting(NamedTuple):
+  """What of some initial weights is used.
+
+  Attributes:
+    params: parameters by path.
+    batch_stats: running statistics by path.
+    fresh: paths of leaves that stay as initialised.
+    unused: names of arrays without a place.
+  """
+
+  params: Mapping[str, np.ndarray] = {}
+  batch_stats: Mapping[str, np.ndarray] = {}
+  fresh: tuple[str, ...] = ()
+  unused: tuple[str, ...] = ()
+
+
+def fitting(initial: Initial, params: PyTree, batch_stats: PyTree) -> Fitting:
   """The arrays that take the place of fresh ones; a head that does not fit is left.
 
   Args:
@@ -182,14 +220,14 @@ def fitting(initial: Initial, params: PyTree, batch_stats: PyTree) -> tuple:
     batch_stats: running statistics, likewise.
 
   Returns:
-    (parameters by path, running statistics by path, paths of leaves that stay fresh).
+    The arrays, and what they leave.
 
   Raises:
     UserError: the backbone is another one; says which leaves differ.
   """
   if not initial.source:
-    return {}, {}, ()
-  fresh, differ = [], []
+    return Fitting()
+  fresh, unused, differ = [], list(initial.skipped), []
 
   def choose(arrays, tree):
     leaves, used = gr.by_path(tree), {}
@@ -202,15 +240,15 @@ def fitting(initial: Initial, params: PyTree, batch_stats: PyTree) -> tuple:
         differ.append(
           f'{path} {have.get(path, "absent")}, this model {want.get(path, "absent")}'
         )
-      elif path in want:
-        fresh.append(path)
+      else:
+        (fresh if path in want else unused).append(path)
     return used
 
   used = choose(initial.params, params), choose(initial.batch_stats, batch_stats)
   if differ:
     raise UserError(
       f'initial={initial.source} holds another backbone; {len(differ)} leaves differ: '
-      f'{"; ".join(sorted(differ)[:3])}{"; …" if len(differ) > 3 else ""}. Set model.* '
-      f'to its depth and width'
+      f'{"; ".join(sorted(differ)[:3])}{"; …" if len(differ) > 3 else ""}. Set '
+      f'model.depth, blocks, block and norm to its own'
     )
-  return (*used, tuple(sorted(fresh)))
+  return Fitting(*used, tuple(sorted(fresh)), tuple(sorted(unused)))

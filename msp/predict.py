@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import logging
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,23 +48,26 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
 
   Raises:
     UserError: no exported network, no folder or no picture in it, or `target` cannot
-      be written to.
+      be written to or is the same folder.
   """
   try:
     card = json.loads((exported / 'model_card.json').read_text())
     content = (exported / 'model.stablehlo').read_bytes()
     network = jax_export.deserialize(bytearray(content))
-    outputs = card['outputs']
-  except (OSError, ValueError, KeyError) as e:
+    kinds = {name: out['kind'] for name, out in card['outputs'].items()}
+    classes = {name: out['classes'] for name, out in card['outputs'].items()}
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
     raise UserError(
       f'no exported network in {exported} ({e}); make one with --mode export'
     ) from None
+  if target.resolve() == pictures.resolve():
+    raise UserError(f'{target} holds the pictures; name another folder for the answers')
   try:
     files = sorted(path for path in pictures.iterdir() if path.is_file())
     target.mkdir(parents=True, exist_ok=True)
     rows, skipped = [], 0
     size = network.in_avals[0].shape[1:3]
-    attributes = [name for name, out in outputs.items() if out['kind'] == 'attribute']
+    attributes = [name for name, kind in kinds.items() if kind == 'attribute']
     shown = progress_bar(files, len(files), 'predicting')
     for batch in _batches(shown, size):
       good = [(path, image) for path, image in batch if image is not None]
@@ -73,9 +77,10 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
       images = np.stack([image for _, image in good]).astype(np.float32) / 255
       predictions = jax.device_get(network.call(images))
       for i, (path, _) in enumerate(good):
-        for name, out in outputs.items():
-          if name not in attributes:
-            content = _png(predictions[name][i], out, read_size(path))
+        for name, kind in kinds.items():
+          if kind != 'attribute':
+            colors = class_colors(classes[name]) if kind == 'segmentation' else None
+            content = _png(predictions[name][i], colors, read_size(path))
             write_atomically(target / f'{path.name}.{name}.png', content)
         rows.append([path.name, *(f'{predictions[a][i]:.4f}' for a in attributes)])
     if not rows:
@@ -103,11 +108,11 @@ def _batches(files, size) -> Iterator[list[tuple[Path, np.ndarray | None]]]:
     yield batch
 
 
-def _png(prediction, out, size):
-  if out['kind'] == 'segmentation':
+def _png(prediction, colors, size):
+  """Class numbers with a palette of their colours, or a probability in grey."""
+  if colors is not None:
     image = Image.fromarray(resize_label(prediction.astype(np.uint8), size), 'P')
-    colors = np.array(class_colors(out['classes'])) * 255
-    image.putpalette(colors.round().astype(np.uint8).tobytes())
+    image.putpalette((np.array(colors) * 255).round().astype(np.uint8).tobytes())
   else:
     level = np.round(prediction * 255).astype(np.uint8)
     image = Image.fromarray(resize_label(level, size))

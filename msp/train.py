@@ -57,13 +57,16 @@ class Experiment(NamedTuple):
   model: multitask.MultiTask
   tasks: Mapping[str, task_module.Task]
   groups: gr.Groups
-  init: Any  # (key, batch, initial) -> TrainState
+  init: Any  # (key, batch, (params, batch_stats) by path) -> TrainState
   train_step: Step
-  initial: tuple[PyTree, PyTree]  # params and batch_stats by path, for `init`
+  initial: initial_module.Fitting  # what `init` takes instead of fresh arrays
 
 
 def build(
-  config: ConfigDict, labels: Mapping[str, data.Label], hold_out_images: int = 1
+  config: ConfigDict,
+  labels: Mapping[str, data.Label],
+  hold_out_images: int = 1,
+  workdir: Path | None = None,
 ) -> Experiment:
   """Turns a configuration into an `Experiment`.
 
@@ -71,6 +74,7 @@ def build(
     config: see `configs/common.py`.
     labels: of the data set, by task.
     hold_out_images: size of the hold-out part, for standard errors over it.
+    workdir: of the run; once it has checkpoints, `config.initial` is not read again.
 
   Returns:
     The experiment; nothing has been computed yet.
@@ -98,9 +102,14 @@ def build(
   model = multitask.build(
     {name: (task.head, task.outputs) for name, task in tasks.items()}, **network
   )
-  initial = initial_module.read(config.initial, model)
-  if initial.source:
-    model = model._replace(backbone=model.backbone.clone(shape=initial.shape))
+  begun = workdir is not None and any(
+    path.name.isdigit() for path in (workdir / 'checkpoints').glob('*')
+  )
+  if begun and (shape := initial_module.kept_shape(workdir)):
+    initial = initial_module.Initial(shape=shape)
+  else:
+    initial = initial_module.read(config.initial, model)
+  model = model._replace(backbone=model.backbone.clone(shape=initial.shape))
   shape = (*config.data.image_size, 3)
   combination = Combination(config.loss.combination, _weights(config))
 
@@ -111,15 +120,7 @@ def build(
     return params, batch_stats
 
   abstract, abstract_stats = jax.eval_shape(init_model, jax.random.key(0))
-  *given, fresh = initial_module.fitting(initial, abstract, abstract_stats)
-  if initial.source:
-    logger.info(
-      'initial weights: %d arrays of %s; fresh: %s; not used of it: %s',
-      sum(map(len, given)),
-      initial.source,
-      ', '.join(fresh) or 'none',
-      ', '.join(initial.skipped) or 'none',
-    )
+  fitting = initial_module.fitting(initial, abstract, abstract_stats)
   sparsity = config.sparsity
   options = {k: v for k, v in sparsity.penalty_options.items() if v is not None}
   penalty = get_penalty(sparsity.penalty, **options)
@@ -156,9 +157,9 @@ def build(
   if differentiated and sparsity.hypergradient == 'implicit':
     _check_fixed_point(config, abstract, inner)
 
-  def init(key, batch, initial=({}, {})):
+  def init(key, batch, arrays=({}, {})):
     key_params, key_gradient = jax.random.split(key)
-    params, batch_stats = map(gr.replace, init_model(key_params), initial)
+    params, batch_stats = map(gr.replace, init_model(key_params), arrays)
     state = TrainState(
       jnp.zeros((), jnp.int32), params, batch_stats, outer.init(params)
     )
@@ -204,7 +205,7 @@ def build(
     tangent_max_norm=sparsity.tangent_max_norm,
     unroll=unroll,
   )
-  return Experiment(model, tasks, groups, init, train_step, tuple(given))
+  return Experiment(model, tasks, groups, init, train_step, fitting)
 
 
 def _uses_hold_out(config):
@@ -411,7 +412,7 @@ def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
   Returns:
     The folder of the prepared data set.
   """
-  source, prepared = _folders(config)
+  source, prepared = folders(config)
   size = tuple(config.data.image_size)
   if config.data.procedural_images:
     data.render_faces(source, config.data.procedural_images, size, 0)
@@ -420,8 +421,8 @@ def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
   )
 
 
-def _folders(config):
-  """Folders of the published files and of the prepared copies.
+def folders(config):
+  """The folders of the published files and of the prepared copies, of any size.
 
   A stand-in has its own, named by its settings: it is never mixed with real data,
   nor with a stand-in of other settings.
@@ -464,8 +465,8 @@ def train(
     FloatingPointError: a loss or gradient is not finite; names step and layer.
   """
   workdir_module.check(workdir, config)
-  run = _open(config, devices, skip_corrupt=skip_corrupt)
-  processes.first_does(lambda: workdir_module.claim(workdir, config))
+  run = _open(config, devices, workdir, skip_corrupt=skip_corrupt)
+  processes.first_does(lambda: _claim(workdir, run))
   logger.info('work directory: %s', workdir)
   with Checkpoints(workdir) as checkpoints:
     feed = run.feed()
@@ -486,6 +487,12 @@ def train(
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   logger.info('peak memory of this process: %.1f GiB', peak)
   return report.path(workdir)
+
+
+def _claim(workdir, run):
+  workdir_module.claim(workdir, run.config)
+  if run.config.initial:
+    initial_module.keep_shape(workdir, run.experiment.model.backbone.shape)
 
 
 def evaluate_run(
@@ -524,7 +531,7 @@ def _trained(config, workdir, devices):
       f'no checkpoint in work directory {workdir}; train first, or name the '
       f'directory of a run with --workdir'
     )
-  run = _open(config, devices)
+  run = _open(config, devices, workdir)
   processes.first_does(lambda: workdir_module.claim(workdir, config))
   with Checkpoints(workdir) as checkpoints:
     latest = checkpoints.latest_step()
@@ -630,12 +637,10 @@ def export_run(
     network = compact.fold(network)
   predict = export.predictor(network, tasks, shape)
   batch = next(iter(data.eval_batches(run.splits.val, config.tasks, batch_size=PANELS)))
-  files = {}
-  for name, form in _export_forms().items():
-    logger.info('exporting %s', name)
-    files[name] = form.serialize(predict, shape)
-    worst = form.check(files[name], predict, batch['image'])
-    logger.info('read again: predictions differ by at most %.1e', worst)
+  logger.info('exporting for %s', ', '.join(export.PLATFORMS))
+  files = {'model.stablehlo': export.serialize(predict, shape)}
+  worst = export.check(files['model.stablehlo'], predict, batch['image'])
+  logger.info('read again: predictions differ by at most %.1e', worst)
   stand_in = ' (procedural stand-in)' if config.data.procedural_images else ''
   card = export.card(
     config.name,
@@ -657,25 +662,36 @@ def export_run(
   }
   try:
     folder.mkdir(exist_ok=True)
+    (folder / 'model.onnx').unlink(missing_ok=True)  # of an earlier state
     for name, whole in files.items():
       workdir_module.write(folder / name, lambda f, whole=whole: f.write(whole))
+    content = _export_onnx(predict, shape, batch['image'])
+    if content is not None:
+      workdir_module.write(folder / 'model.onnx', lambda f: f.write(content))
   except OSError as e:
     raise UserError(f'cannot write to {folder}: {e.strerror}') from None
   return folder / 'model.stablehlo'
 
 
-def _export_forms():
-  """File name -> the module that serialises to it and checks it."""
-  forms = {'model.stablehlo': export}
+def _export_onnx(predict, shape, images):
+  """The network as ONNX, checked; None, with the reason logged, where it cannot be."""
   if importlib.util.find_spec('jax2onnx') is None:
     logger.info(
       'no model.onnx: jax2onnx is not installed; its own environment has it, '
       'pip install -r requirements-onnx.txt'
     )
-    return forms
+    return None
   from msp import onnx
 
-  return forms | {'model.onnx': onnx}
+  logger.info('exporting model.onnx')
+  try:
+    content = onnx.serialize(predict, shape)
+    worst = onnx.check(content, predict, images)
+  except Exception as e:  # a converter raises what it likes; the rest is written
+    logger.warning('no model.onnx: %s: %s', type(e).__name__, e)
+    return None
+  logger.info('read again: predictions differ by at most %.1e', worst)
+  return content
 
 
 class Progress(NamedTuple):
@@ -731,11 +747,23 @@ class Run(NamedTuple):
     batch = self.feed().next()['query']
     init = jax.jit(self.experiment.init, out_shardings=self.replicated)
     key = jax.random.key(self.config.seed)
+    params, batch_stats, fresh, unused = self.experiment.initial
     if not abstract:
-      return init(key, batch, self.experiment.initial)
+      if params:
+        few = lambda names: ', '.join(names[:3]) + (', …' if len(names) > 3 else '')
+        logger.info(
+          'initial weights: %d arrays of %s; fresh: %d %s; of no use: %d %s',
+          len(params) + len(batch_stats),
+          self.config.initial,
+          len(fresh),
+          few(fresh),
+          len(unused),
+          few(unused),
+        )
+      return init(key, batch, (params, batch_stats))
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated),
-      jax.eval_shape(init, key, batch, self.experiment.initial),
+      jax.eval_shape(init, key, batch, (params, batch_stats)),
     )
 
   def evaluate(self, eval_step, state: TrainState, source: data.Source) -> dict:
@@ -772,7 +800,7 @@ class Run(NamedTuple):
     )
 
 
-def _open(config, devices, *, skip_corrupt=False) -> Run:
+def _open(config, devices, workdir, *, skip_corrupt=False) -> Run:
   """Checks everything that can be checked before anything is written."""
   devices = jax.devices() if devices is None else devices
   # jax.make_mesh would make explicit axes, which ordinary code does not run on.
@@ -780,19 +808,19 @@ def _open(config, devices, *, skip_corrupt=False) -> Run:
     (len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices
   )
   labels = data.labels(config.data.name)
-  build(config, labels)  # tells what is wrong with the configuration
+  build(config, labels, workdir=workdir)  # tells what is wrong with the configuration
   _check_batch(config, len(devices))
   processes.first_does(lambda: prepare(config, skip_corrupt=skip_corrupt))
   if not processes.is_first():  # finds it done, or has a disk of its own
     prepare(config, skip_corrupt=skip_corrupt)
   splits = data.open(
     config.data.name,
-    _folders(config)[1],
+    folders(config)[1],
     tuple(config.data.image_size),
     config.data.hold_out,
   )
   hold_out_images = 1 if splits.hold_out is None else len(splits.hold_out)
-  experiment = build(config, labels, hold_out_images)
+  experiment = build(config, labels, hold_out_images, workdir)
   logger.info(
     'groups: %d kernels match %r',
     len(experiment.groups.layers),

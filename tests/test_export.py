@@ -116,11 +116,13 @@ def test_a_folder_of_pictures(network, exported, tmp_path, caplog):
   large = Image.fromarray(pictures[0]).resize((50, 40))
   large.save(photos / 'large.png')
   (photos / '05.png').write_bytes(b'no picture')
+  Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(photos / 'deep.png')
   (photos / 'below').mkdir()
   target = tmp_path / 'out' / 'predictions'
-  assert predict_folder(exported, photos, target) == (18, 1)
+  assert predict_folder(exported, photos, target) == (18, 2)
   assert 'skipped: unreadable image' in caplog.text
   assert '05.png' in caplog.text
+  assert 'more than 8 bits' in caplog.text
   wanted = jax.device_get(network[1](pictures[17:].astype(np.float32) / 255))
   with Image.open(target / '17.png.parts.png') as image:
     np.testing.assert_array_equal(np.asarray(image), wanted['parts'][0])
@@ -142,6 +144,18 @@ def test_what_cannot_be_predicted(exported, tmp_path):
   empty.mkdir()
   with pytest.raises(UserError, match=r'no exported network in .*--mode export'):
     predict_folder(tmp_path, empty, tmp_path / 'out')
+  damaged = tmp_path / 'damaged'
+  damaged.mkdir()
+  card = (exported / 'model_card.json').read_text()
+  content = (exported / 'model.stablehlo').read_bytes()
+  for one, other in ((card, content[:100]), (card, b''), ('[]', content),
+                     ('{"outputs": {"parts": {}}}', content)):  # fmt: skip
+    (damaged / 'model_card.json').write_text(one)
+    (damaged / 'model.stablehlo').write_bytes(other)
+    with pytest.raises(UserError, match='no exported network in'):
+      predict_folder(damaged, empty, tmp_path / 'out')
+  with pytest.raises(UserError, match='name another folder for the answers'):
+    predict_folder(exported, empty, empty)
   with pytest.raises(UserError, match='nowhere: No such file'):
     predict_folder(exported, tmp_path / 'nowhere', tmp_path / 'out')
   with pytest.raises(UserError, match='no readable picture among the 0 files'):

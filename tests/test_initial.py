@@ -8,7 +8,7 @@ import safetensors.numpy
 from msp import compact
 from msp import groups as gr
 from msp.errors import UserError
-from msp.initial import fitting, read
+from msp.initial import fitting, kept_shape, read
 from msp.models import multitask
 from tests.networks import HEADS, small_network
 
@@ -148,10 +148,10 @@ def test_a_pytorch_backbone_computes_the_same(block, blocks, timm, prefix, tmp_p
     np.savez(path, **named)
   model = small_network(block, blocks)
   initial = read(str(path), model)
-  assert initial.skipped == (f'{prefix}fc.weight',)
   model = model._replace(backbone=model.backbone.clone(shape=initial.shape))
   params, stats = multitask.init(model, jax.random.key(0), (*SIZE, 3))
-  used, used_stats, fresh = fitting(initial, params, stats)
+  used, used_stats, fresh, unused = fitting(initial, params, stats)
+  assert unused == (f'{prefix}fc.weight',)
   assert fresh
   assert all(path.startswith('heads/') for path in fresh)
   params, stats = gr.replace(params, used), gr.replace(stats, used_stats)
@@ -189,7 +189,18 @@ def test_a_compact_network_with_another_head(tmp_path):
   shapes = jax.eval_shape(
     lambda key: multitask.init(other, key, (*SIZE, 3)), jax.random.key(0)
   )
-  used, stats, fresh = fitting(initial, *shapes)
+  used, stats, fresh, unused = fitting(initial, *shapes)
+  assert not unused
+  few = multitask.build(
+    {}, blocks=(1, 1, 1, 1), block='basic', width=0.125, head_features=8
+  )
+  few = few._replace(backbone=few.backbone.clone(shape=initial.shape))
+  alone = jax.eval_shape(
+    lambda key: multitask.init(few, key, (*SIZE, 3)), jax.random.key(0)
+  )
+  unused = fitting(initial, *alone).unused
+  assert unused
+  assert all(p.startswith('heads/') for p in unused)
   wanted = gr.by_path(result.params)
   for path, array in used.items():
     np.testing.assert_array_equal(array, wanted[path])
@@ -197,6 +208,8 @@ def test_a_compact_network_with_another_head(tmp_path):
   # The head of other classes keeps what fits; its last layer and the new head do not.
   assert all(p.startswith(('heads/regions', 'heads/young')) for p in fresh)
   assert any(p.startswith('heads/young') for p in fresh)
+  assert any(p.startswith('heads/regions') for p in fresh)
+  assert any(p.startswith('heads/regions') for p in used)
   assert any(p.startswith('heads/smiling') for p in used)
 
 
@@ -217,6 +230,13 @@ def test_what_cannot_be_begun_with(tmp_path):
   np.savez(tmp_path / 'other.npz', weight=np.zeros(3))
   with pytest.raises(UserError, match='no ResNet in it'):
     read(str(tmp_path / 'other.npz'), model)
+  squeezed = {'layer1.0.conv1.weight': np.zeros((8, 8, 3, 3))}
+  np.savez(tmp_path / 'se.npz', **squeezed, **{'layer1.0.se.fc1.weight': np.zeros(3)})
+  with pytest.raises(UserError, match=r'layer1\.0\.se\.fc1\.weight has no counterpart'):
+    read(str(tmp_path / 'se.npz'), model)
+  (tmp_path / 'backbone.json').write_text('[]')
+  with pytest.raises(UserError, match=r'cannot read .*backbone\.json'):
+    kept_shape(tmp_path)
 
 
 @pytest.mark.parametrize('blocks', [(2, 1, 1, 1), (1, 1, 1, 1)])

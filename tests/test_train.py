@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AxisType
 
 import data
 from configs import common
@@ -22,6 +24,7 @@ from msp import compact, train, writer
 from msp import groups as gr
 from msp.checkpoint import Checkpoints
 from msp.errors import UserError
+from msp.models import multitask
 
 STEPS, EVALUATE_EVERY = 6, 2
 
@@ -447,24 +450,6 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
   small = compact.read(tmp_path / 'compact', experiment.model)
   assert compact.compact(*small).model.backbone.shape == small.model.backbone.shape
 
-  # Training goes on with what is left, and from that run again.
-  followers = []
-  for source in (tmp_path / 'compact', tmp_path / 'second'):
-    dense = config(faces, **{'meta.inner_steps': 0, 'train.steps': 1})
-    dense.sparsity.coefficient = 'none'
-    dense.initial = str(source)
-    followers.append(tmp_path / ('second' if not followers else 'third'))
-    run(dense, followers[-1])
-    row = rows(followers[-1])[-1]
-    assert row['alive_groups']['layer1_0/conv1'] == 1
-  with Checkpoints(followers[0]) as checkpoints:
-    before = gr.by_path(checkpoints.restore_any(1)['params'])
-  begun = train.build(dense, data.labels(c.data.name))
-  assert begun.model.backbone.shape.gathers == small.model.backbone.shape.gathers
-  for path, leaf in begun.initial[0].items():
-    np.testing.assert_array_equal(leaf, before[path])
-  assert set(begun.initial[0]) == set(before)
-
   # The exported file needs nothing of this project.
   file = train.export_run(c, tmp_path, jax.devices()[:1])
   alone = jax.export.deserialize(bytearray(file.read_bytes()))
@@ -544,3 +529,52 @@ def test_a_process_killed_at_a_random_moment_goes_on_exactly(faces, tmp_path):
   assert process.returncode == -signal.SIGKILL
   subprocess.run([*command, other], env=environment, check=True, capture_output=True)
   same_run(one, other)
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_a_compact_network_and_from_that_run(faces, tmp_path):
+  c = config(faces, **{'meta.inner_steps': 0, 'train.steps': 1})
+  c.sparsity.coefficient = 'none'
+  model = train.build(c, data.labels(c.data.name)).model
+  params, stats = multitask.init(model, jax.random.key(0), (16, 16, 3))
+  kernel = np.array(params['backbone']['layer2_0']['conv1']['kernel'])
+  kernel[..., ::2, :] = 0  # a sum's channels, which the shortcut still reads
+  params = jax.device_get(params)
+  params['backbone']['layer2_0']['conv1']['kernel'] = kernel
+  small = compact.compact(model, params, stats)
+  compact.write(tmp_path / 'compact', small)
+  gathers = dict(small.model.backbone.shape.gathers)
+  assert list(gathers) == ['layer2_0/conv1']
+  for source in ('compact', 'second'):
+    c.initial = str(tmp_path / source)
+    begun = train.build(c, data.labels(c.data.name))
+    feed = train.Run(
+      c,
+      begun,
+      data.open(c.data.name, train.folders(c)[1], (16, 16), 0.0),
+      jax.make_mesh((1,), ('data',), axis_types=(AxisType.Auto,)),
+    )
+    state = feed.initial_state()
+    if source == 'compact':
+      wanted = small
+    else:
+      with Checkpoints(tmp_path / 'second', read_only=True) as checkpoints:
+        wanted = train.TrainState(**checkpoints.restore_any(1))
+    for part in ('backbone', 'heads'):
+      jax.tree.map(
+        np.testing.assert_array_equal,
+        (state.params[part], state.batch_stats[part]),
+        (wanted.params[part], wanted.batch_stats[part]),
+      )
+    folder = tmp_path / ('second' if source == 'compact' else 'third')
+    # Two devices: what they save is read on any number.
+    train.train(c, folder, devices=jax.devices()[:2])
+    alive = rows(folder)[-1]['alive_groups']
+    assert alive['layer2_0/conv1'] == len(gathers['layer2_0/conv1'])
+    assert alive['layer2_0/shortcut_conv'] == kernel.shape[-2]
+  # What they began from is not needed any more.
+  shutil.rmtree(tmp_path / 'compact')
+  c.initial = str(tmp_path / 'compact')
+  train.evaluate_run(c, tmp_path / 'second', jax.devices()[:1])
+  with pytest.raises(UserError, match='no compact network, work directory'):
+    train.build(c, data.labels(c.data.name))
