@@ -17,6 +17,10 @@ DILATIONS = (1, 1, 2, 4)
 STRIDES = (1, 2, 1, 1)
 
 
+def init(model):
+  return jax.jit(lambda key: multitask.init(model, key, (*SIZE, 3)))(jax.random.key(0))
+
+
 def state_dict(widths, block, blocks, timm, seed=0):
   """A PyTorch ResNet-D as its file has it: name -> array.
 
@@ -149,7 +153,7 @@ def test_a_pytorch_backbone_computes_the_same(block, blocks, timm, prefix, tmp_p
   model = small_network(block, blocks)
   initial = read(str(path), model)
   model = model._replace(backbone=model.backbone.clone(shape=initial.shape))
-  params, stats = multitask.init(model, jax.random.key(0), (*SIZE, 3))
+  params, stats = init(model)
   used, used_stats, fresh, unused = fitting(initial, params, stats)
   assert unused == (f'{prefix}fc.weight',)
   assert fresh
@@ -166,7 +170,7 @@ def test_a_pytorch_backbone_computes_the_same(block, blocks, timm, prefix, tmp_p
 def small(tmp_path):
   """A network with some channels gone, as a folder of --mode compact."""
   model = small_network('basic', (1, 1, 1, 1))
-  params, stats = multitask.init(model, jax.random.key(0), (*SIZE, 3))
+  params, stats = init(model)
   params = jax.device_get(params)
   for path in ('backbone/layer2_0/conv2/kernel', 'backbone/layer3_0/conv1/kernel'):
     kernel = np.array(gr.by_path(params)[path])
