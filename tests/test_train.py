@@ -388,8 +388,8 @@ def test_two_processes_make_one_run(faces, tmp_path):
 def test_what_is_not_finite_stops_the_run_and_is_named(faces, tmp_path, monkeypatch):
   real = train.build
 
-  def poisoned(*arguments):
-    experiment = real(*arguments)
+  def poisoned(*arguments, **options):
+    experiment = real(*arguments, **options)
 
     def step(state, batches, key):
       params = state.params
