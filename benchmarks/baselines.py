@@ -10,15 +10,13 @@ random and by the first-order change of the loss: to as many groups in each laye
 learned run has left ('layers', FLOPs as they come), or by rank in the whole network to
 at most its backbone FLOPs ('global'). All are compacted, and with the dense network
 trained on for --tune more steps. Ends with DIR/table.md: mean ± standard deviation over
-seeds. An --out is for one choice of --learned, --steps and --tune.
+seeds. An --out is for one choice of --steps and --tune.
 
-Every run is an ordinary one in DIR/<row>/<seed>; the same command goes on after a kill.
+Every run is an ordinary one, in DIR/<row>/<seed> or DIR/<learned>,_<row>/<seed>; the
+same command goes on after a kill.
 """
 
-import argparse
-import logging
 import sys
-from pathlib import Path
 
 import jax
 
@@ -116,7 +114,7 @@ def one_seed(arguments, seed):
     trained[name] = Network(config, out(name))
   dense, learned = trained['dense'], trained[arguments.learned]
   whole, small = dense.compacted(dense.params), learned.compacted(learned.params)
-  networks = {'dense, tuned': whole, f'{arguments.learned}, tuned': small}
+  networks = {'dense, tuned': whole, 'learned, tuned': small}
   groups = learned.experiment.groups
   alive = {k: int(m.sum()) for k, m in gr.alive(groups, learned.params).items()}
   c = dense.config
@@ -133,9 +131,11 @@ def one_seed(arguments, seed):
     for how, network in dense.pruned(scores, alive, small[1]).items():
       networks[f'{criterion}, {how}'] = network
   for name, (network, work) in networks.items():
-    folder = out(f'{name}, start')
+    # What is pruned depends on the learned run.
+    workdir = out(f'{arguments.learned}, {name}')
+    folder = workdir.with_name(f'{seed}_start')
     compact.write(folder, network)
-    rows = tune(c, folder, arguments.tune, out(name))
+    rows = tune(c, folder, arguments.tune, workdir)
     results[name] = test(rows), work / whole[1]
   return results
 
@@ -161,20 +161,9 @@ def table(results, tasks):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('data_set', choices=learned_lambda.CONFIGS)
-  parser.add_argument('--source', default='', help='folder of the data set')
-  parser.add_argument('--out', type=Path, required=True)
-  parser.add_argument('--learned', default='budget 0.7')
-  parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--steps', type=int, default=0)
-  parser.add_argument('--tune', type=int, default=140)
-  arguments = parser.parse_args()
+  arguments = learned_lambda.arguments_of(__doc__, learned='budget 0.7', tune=140)
   if arguments.learned not in learned_lambda.ROWS:
     sys.exit(f'error: unknown row {arguments.learned!r}')
-  logging.basicConfig(format='%(asctime)s %(message)s', force=True)
-  logging.getLogger('msp').setLevel(logging.INFO)
-  jax.config.update('jax_compilation_cache_dir', str(arguments.out / 'compiled'))
   results = {}
   try:
     for seed in range(arguments.seeds):

@@ -138,23 +138,30 @@ def figure(results):
   return drawn
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+def arguments_of(description, **options):
+  """Parses the command line, and makes ready to train; `options`: name -> default."""
+  parser = argparse.ArgumentParser(description=description)
   parser.add_argument('data_set', choices=CONFIGS)
   parser.add_argument('--source', default='', help='folder of the data set')
   parser.add_argument('--out', type=Path, required=True)
-  parser.add_argument('--rows', default=','.join(ROWS))
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--steps', type=int, default=0)
+  for name, default in options.items():
+    parser.add_argument(f'--{name}', type=type(default), default=default)
   arguments = parser.parse_args()
-  names = [name.strip() for name in arguments.rows.split(',')]
-  for name in names:
-    if name not in ROWS:
-      sys.exit(f'error: unknown row {name!r}; known: {", ".join(ROWS)}')
   logging.basicConfig(format='%(asctime)s %(message)s', force=True)
   logging.getLogger('msp').setLevel(logging.INFO)
   # Runs that differ in numbers only share their compiled programs.
   jax.config.update('jax_compilation_cache_dir', str(arguments.out / 'compiled'))
+  return arguments
+
+
+def main():
+  arguments = arguments_of(__doc__, rows=','.join(ROWS))
+  names = [name.strip() for name in arguments.rows.split(',')]
+  for name in names:
+    if name not in ROWS:
+      sys.exit(f'error: unknown row {name!r}; known: {", ".join(ROWS)}')
   results = {}
   try:
     for seed in range(arguments.seeds):

@@ -58,11 +58,19 @@ def serialize(predict: Callable, image_shape: tuple[int, int, int]) -> bytes:
   return bytes(exported.serialize())
 
 
-def check(content: bytes, predict: Callable, images: np.ndarray) -> float:
-  """Runs what was serialised, and the function it came from, on the same images.
+def run(content: bytes, images: np.ndarray) -> dict[str, np.ndarray]:
+  """Predictions of what `serialize` gave, read again, for images (B, H, W, 3)."""
+  again = jax_export.deserialize(bytearray(content))
+  return jax.device_get(again.call(images))
+
+
+def check(
+  got: Mapping[str, np.ndarray], predict: Callable, images: np.ndarray
+) -> float:
+  """Compares an exported network's predictions with the function's it came from.
 
   Args:
-    content: from `serialize`.
+    got: predictions of the exported network for `images`.
     predict: the function.
     images: (B, H, W, 3).
 
@@ -72,24 +80,7 @@ def check(content: bytes, predict: Callable, images: np.ndarray) -> float:
   Raises:
     UserError: it is above 1e-4.
   """
-  again = jax_export.deserialize(bytearray(content))
-  return largest_difference(
-    jax.device_get(again.call(images)), jax.device_get(jax.jit(predict)(images))
-  )
-
-
-def largest_difference(
-  got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
-) -> float:
-  """The largest difference of a probability, or share of pixels of another class.
-
-  Args:
-    got: predictions of the exported network.
-    wanted: of the network it came from.
-
-  Raises:
-    UserError: it is above 1e-4.
-  """
+  wanted = jax.device_get(jax.jit(predict)(images))
 
   def compare(a, b):
     if np.issubdtype(b.dtype, np.integer):

@@ -10,8 +10,6 @@ from jax2onnx.plugins import plugin_system
 from jax2onnx.plugins._ir_shapes import _stamp_type_and_shape
 from jax2onnx.plugins.jax.lax import pad as _theirs  # noqa: F401  overridden below
 
-from msp.export import largest_difference
-
 INPUT = 'images'
 
 
@@ -58,21 +56,8 @@ def serialize(predict: Callable, image_shape: tuple[int, int, int]) -> bytes:
   return model.SerializeToString()
 
 
-def check(content: bytes, predict: Callable, images: np.ndarray) -> float:
-  """Runs what was serialised in ONNX Runtime, and the function it came from.
-
-  Args:
-    content: from `serialize`.
-    predict: the function.
-    images: (B, H, W, 3).
-
-  Returns:
-    See `msp.export.largest_difference`.
-
-  Raises:
-    UserError: the predictions differ.
-  """
+def run(content: bytes, images: np.ndarray) -> dict[str, np.ndarray]:
+  """Predictions of what `serialize` gave, in ONNX Runtime, for images (B, H, W, 3)."""
   session = onnxruntime.InferenceSession(content, providers=['CPUExecutionProvider'])
   names = [output.name for output in session.get_outputs()]
-  got = dict(zip(names, session.run(names, {INPUT: images}), strict=True))
-  return largest_difference(got, jax.device_get(jax.jit(predict)(images)))
+  return dict(zip(names, session.run(names, {INPUT: images}), strict=True))

@@ -95,11 +95,9 @@ def keep_globally(
     layer -> bool, True where a group survives.
   """
   floor = {layer: _rank(x) < min_alive for layer, x in scores.items()}
-  # Ties of any number are told apart by rank.
   free = {layer: jnp.where(floor[layer], jnp.inf, x) for layer, x in scores.items()}
   everything = jnp.concatenate([x.ravel() for x in free.values()])
-  order = jnp.argsort(jnp.argsort(everything)).astype(jnp.int32)
-  gone = order < round(dead * order.size)
+  gone = _rank(-everything) < round(dead * everything.size)
   masks, start = {}, 0
   for layer, x in scores.items():
     part = gone[start : start + x.size].reshape(x.shape)
@@ -125,16 +123,15 @@ def remove(groups: gr.Groups, params: PyTree, keep: Mapping[str, jax.Array]) -> 
   Returns:
     θ with zeros; `msp.compact.compact` takes them out.
   """
-  axis = groups.array_axis
-  changed = {
-    layer: jnp.where(gr.expand(keep[layer], x, axis), x, 0)
-    for layer, x in gr.select(groups, params).items()
-  }
   if groups.axis == 'coupled':
-    leaves = gr.by_path(params)
+    changed = gr.by_path(params)
     for layer, members in zip(groups.layers, groups.members, strict=True):
       # A kernel is in two streams: the second finds what the first has left of it.
-      matrix = jnp.where(keep[layer][:, None], gr.gather(members, leaves), 0)
-      leaves = gr.scatter(members, matrix, leaves)
-    changed = leaves
+      matrix = jnp.where(keep[layer][:, None], gr.gather(members, changed), 0)
+      changed = gr.scatter(members, matrix, changed)
+  else:
+    changed = {
+      layer: jnp.where(gr.expand(keep[layer], x, groups.array_axis), x, 0)
+      for layer, x in gr.select(groups, params).items()
+    }
   return gr.replace(params, changed)

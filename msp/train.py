@@ -422,7 +422,7 @@ def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
 
 
 def folders(config):
-  """The folders of the published files and of the prepared copies, of any size.
+  """The folders of the published files and of the prepared copies.
 
   A stand-in has its own, named by its settings: it is never mixed with real data,
   nor with a stand-in of other settings.
@@ -638,8 +638,8 @@ def export_run(
   predict = export.predictor(network, tasks, shape)
   batch = next(iter(data.eval_batches(run.splits.val, config.tasks, batch_size=PANELS)))
   logger.info('exporting for %s', ', '.join(export.PLATFORMS))
-  files = {'model.stablehlo': export.serialize(predict, shape)}
-  worst = export.check(files['model.stablehlo'], predict, batch['image'])
+  content, images = export.serialize(predict, shape), batch['image']
+  worst = export.check(export.run(content, images), predict, images)
   logger.info('read again: predictions differ by at most %.1e', worst)
   stand_in = ' (procedural stand-in)' if config.data.procedural_images else ''
   card = export.card(
@@ -656,7 +656,8 @@ def export_run(
     f'{config.data.name}{stand_in}; the terms of that data set apply',
   )
   folder = workdir / 'export'
-  files |= {
+  files = {
+    'model.stablehlo': content,
     'model_card.json': json.dumps(card, indent=2).encode(),
     'model_card.md': export.card_text(card).encode(),
   }
@@ -665,7 +666,7 @@ def export_run(
     (folder / 'model.onnx').unlink(missing_ok=True)  # of an earlier state
     for name, whole in files.items():
       workdir_module.write(folder / name, lambda f, whole=whole: f.write(whole))
-    content = _export_onnx(predict, shape, batch['image'])
+    content = _export_onnx(predict, shape, images)
     if content is not None:
       workdir_module.write(folder / 'model.onnx', lambda f: f.write(content))
   except OSError as e:
@@ -686,7 +687,7 @@ def _export_onnx(predict, shape, images):
   logger.info('exporting model.onnx')
   try:
     content = onnx.serialize(predict, shape)
-    worst = onnx.check(content, predict, images)
+    worst = export.check(onnx.run(content, images), predict, images)
   except Exception as e:  # a converter raises what it likes; the rest is written
     logger.warning('no model.onnx: %s: %s', type(e).__name__, e)
     return None

@@ -451,7 +451,11 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
   assert compact.compact(*small).model.backbone.shape == small.model.backbone.shape
 
   # The exported file needs nothing of this project.
+  stale = tmp_path / 'export' / 'model.onnx'
+  stale.parent.mkdir()
+  stale.write_text('of an earlier state')
   file = train.export_run(c, tmp_path, jax.devices()[:1])
+  assert not stale.exists() or b'earlier' not in stale.read_bytes()
   alone = jax.export.deserialize(bytearray(file.read_bytes()))
   assert set(alone.platforms) == {'cpu', 'cuda', 'tpu'}
   for count in (1, 3):
@@ -468,6 +472,7 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
   file.unlink()
   (file.parent / 'model_card.json').unlink()
   (file.parent / 'model_card.md').unlink()
+  stale.unlink(missing_ok=True)
   file.parent.rmdir()
   file.parent.write_text('')
   with pytest.raises(UserError, match=r'cannot write to .*export'):
