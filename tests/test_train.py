@@ -552,7 +552,12 @@ def test_training_goes_on_from_a_compact_network_and_from_that_run(faces, tmp_pa
   assert list(gathers) == ['layer2_0/conv1']
   for source in ('compact', 'second'):
     c.initial = str(tmp_path / source)
+    # What a run that goes on is just writing there.
+    unfinished = tmp_path / source / 'checkpoints' / '2.orbax-checkpoint-tmp'
+    if source == 'second':
+      unfinished.mkdir()
     begun = train.build(c, data.labels(c.data.name))
+    assert unfinished.exists() == (source == 'second')
     feed = train.Run(
       c,
       begun,
