@@ -43,8 +43,6 @@ from data.labels import Label
 IMAGE_FOLDER = 'CelebA-HQ-img'
 MASK_FOLDER = 'CelebAMask-HQ-mask-anno'
 ATTRIBUTE_FILE = 'CelebAMask-HQ-attribute-anno.txt'
-# A stand-in for this data set carries a file of this name.
-STAND_IN_MARKER = 'procedural.json'
 IDS_PER_FOLDER = 2000
 
 # In painting order; class of a part = its position + 1.

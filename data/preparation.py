@@ -29,7 +29,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from data import camvid, celebamask_hq
+from data import camvid, celebamask_hq, stand_in
 from data.builder import FileBuilder, SizeConfig, size_config
 from data.errors import DataError
 from data.files import write_atomically
@@ -245,7 +245,7 @@ class _Preparation:
     summary = {
       'images': self.total,
       'left_out': sorted(f'{split}/{name}' for split, name in left_out),
-      'stand_in': _stand_in(self.source),
+      'stand_in': stand_in.read(self.source),
       'names': {
         split: [e.name for e in entries if (split, e.name) not in left_out]
         for split, entries in self.splits.items()
@@ -352,14 +352,6 @@ def _exclusive(work: Path) -> Iterator[None]:
     yield
 
 
-def _stand_in(source: Path) -> dict | None:
-  """Settings of the renderer if `source` is procedural, else None."""
-  try:
-    return json.loads((source / celebamask_hq.STAND_IN_MARKER).read_text())
-  except FileNotFoundError:
-    return None
-
-
 def _verify(name: str, folder: Path, source: Path) -> None:
   """Raises DataError unless `folder` is whole and made from `source`."""
   summary = read_summary(folder)
@@ -386,7 +378,7 @@ def _verify(name: str, folder: Path, source: Path) -> None:
     images = sum(map(len, data_set(name).scan(source).values()))
   except DataError:
     return
-  if images != summary['images'] or _stand_in(source) != summary['stand_in']:
+  if images != summary['images'] or stand_in.read(source) != summary['stand_in']:
     raise DataError(
       f'prepared data set {folder} was built from {summary["images"]} images of'
       f' another state of the source ({source} has {images} now); ' + _rebuild(folder)

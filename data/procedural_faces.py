@@ -25,7 +25,6 @@ depend on order.
 
 import functools
 import io
-import json
 import os
 import struct
 import zlib
@@ -35,13 +34,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFilter
 
+from data import stand_in
 from data.celebamask_hq import (
   ATTRIBUTE_FILE,
   ATTRIBUTES,
   IDS_PER_FOLDER,
   MASK_FOLDER,
   PARTS,
-  STAND_IN_MARKER,
   image_path,
   part_path,
 )
@@ -841,30 +840,14 @@ def render_faces(
     'image_size': list(image_size),
     'seed': seed,
   }
-  marker = target / STAND_IN_MARKER
   try:
-    found = _read_marker(target, marker)
-    if found is not None:
-      complete = found.pop('complete', False)
-      if found != settings:
-        different = sorted(
-          key
-          for key in settings.keys() | found.keys()
-          if settings.get(key) != found.get(key)
-        )
-        raise DataError(
-          f'{target} holds procedural faces made with other settings '
-          + ', '.join(
-            f'({key}: {found.get(key)}, now {settings.get(key)})' for key in different
-          )
-          + '; remove that folder or choose another'
-        )
-      if complete:
-        return target
+    image_folder = image_path(target, 0).parent.name
+    if stand_in.is_complete(target, settings, (image_folder, MASK_FOLDER)):
+      return target
     image_path(target, 0).parent.mkdir(parents=True, exist_ok=True)
     for index in range(0, num, IDS_PER_FOLDER):
       part_path(target, index, PARTS[0]).parent.mkdir(parents=True, exist_ok=True)
-    _write_marker(marker, settings, complete=False)
+    stand_in.mark(target, settings, complete=False)
     rows = []
     for index in progress_bar(range(num), num, 'rendering faces', progress):
       face, attributes = draw_face(seed, index)
@@ -872,31 +855,10 @@ def render_faces(
       if not image_path(target, index).exists():
         _write_face(target, index, face, image_size, seed)
     write_atomically(target / ATTRIBUTE_FILE, _attribute_table(rows).encode())
-    _write_marker(marker, settings, complete=True)
+    stand_in.mark(target, settings, complete=True)
   except OSError as error:
     raise DataError(f'cannot write procedural faces: {error}') from error
   return target
-
-
-def _read_marker(target: Path, marker: Path) -> dict | None:
-  if marker.exists():
-    try:
-      return json.loads(marker.read_text())
-    except ValueError:
-      raise DataError(
-        f'{marker} is not readable as JSON; remove {target} and render again'
-      ) from None
-  if image_path(target, 0).parent.exists() or (target / MASK_FOLDER).exists():
-    raise DataError(
-      f'{target} holds a data set that is not procedural (no {marker.name});'
-      ' choose another folder'
-    )
-  return None
-
-
-def _write_marker(marker: Path, settings: dict, complete: bool) -> None:
-  content = json.dumps(settings | {'complete': complete}, indent=2) + '\n'
-  write_atomically(marker, content.encode())
 
 
 def _write_face(target, index, face, image_size, seed) -> None:
