@@ -21,7 +21,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   'train',
-  ['train', 'evaluate', 'compact', 'export', 'report', 'prepare'],
+  ['train', 'adapt', 'sweep', 'evaluate', 'compact', 'export', 'report', 'prepare'],
   'What to do.',
 )
 _SKIP_CORRUPT = flags.DEFINE_bool(
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     except (RuntimeError, ValueError) as e:
       sys.exit(f'error: --distributed found no cluster: {" ".join(str(e).split())}')
   import data
-  from msp import processes, report, train
+  from msp import processes, report, sweep, train
   from msp.errors import UserError
 
   absl_logging.set_verbosity(absl_logging.ERROR)  # orbax and TFDS speak through it
@@ -64,6 +64,12 @@ def main(argv: list[str]) -> None:
       raise UserError(f'unknown argument {argv[1]!r}; see --help')
     config = _CONFIG.value
     workdir = Path(_WORKDIR.value or Path('runs') / config.name)
+    if ('runs' in config) != (_MODE.value == 'sweep'):
+      raise UserError(
+        f'{config.name} is a sweep; start it with --mode sweep'
+        if 'runs' in config
+        else f'{config.name} is one run; --mode sweep takes a file of configs/sweeps'
+      )
     if _MODE.value == 'prepare':
       path = train.prepare(config, skip_corrupt=_SKIP_CORRUPT.value)
       print(f'prepared: {path}')
@@ -77,8 +83,11 @@ def main(argv: list[str]) -> None:
     elif _MODE.value == 'evaluate':
       train.evaluate_run(config, workdir)
       print(f'evaluation: {workdir / "evaluation.json"}')
+    elif _MODE.value == 'sweep':
+      print(f'sweep: {sweep.run(config, workdir)}')
     else:
-      path = train.train(config, workdir, skip_corrupt=_SKIP_CORRUPT.value)
+      start = train.adapt if _MODE.value == 'adapt' else train.train
+      path = start(config, workdir, skip_corrupt=_SKIP_CORRUPT.value)
       print(f'report: {path}')
   except (UserError, data.DataError, FloatingPointError) as e:
     sys.exit(f'error: {e}')

@@ -75,7 +75,7 @@ class Network:
     """Pruned to counts for each layer, and by rank to at most some FLOPs; compacted."""
     groups = self.experiment.groups
     apply = lambda keep: self.compacted(
-      jax.device_get(prune.remove(groups, self.params, keep))
+      jax.device_get(gr.remove(groups, self.params, keep))
     )
     low, high, ranked = 0.0, 1.0, None
     for _ in range(10):

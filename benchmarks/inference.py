@@ -43,7 +43,7 @@ def networks(axis, dead, size, convolution):
     layer: count if 'stem_conv1/' in layer else round((1 - dead) * count)
     for layer, count in gr.totals(groups, dense.params).items()
   }
-  sparse = prune.remove(groups, dense.params, prune.keep_per_layer(scores, alive))
+  sparse = gr.remove(groups, dense.params, prune.keep_per_layer(scores, alive))
   sparse = dense._replace(params=jax.device_get(sparse))
   small = compact.compact(*sparse)
   images = np.random.default_rng(0).random((1, size, size, 3), np.float32)

@@ -32,7 +32,9 @@ def base() -> ConfigDict:
   config.data.image_size = (256, 256)  # rows, columns
   config.data.hold_out = 0.0  # share of train kept for λ
   config.data.flip = True
-  config.data.procedural_images = 0  # > 0: render that many faces as `source`
+  config.data.train_share = 1.0  # of the rest of train, drawn by `seed`
+  config.data.missing = 0.0  # share of train images that lack one task's label
+  config.data.procedural_images = 0  # > 0: render that many images as `source`
   config.data.eval_examples = 0  # of val and of test; 0: all
 
   config.model = ConfigDict()
@@ -51,6 +53,7 @@ def base() -> ConfigDict:
   config.loss.weights = ()  # of 'fixed', in the order of the tasks
   config.loss.resolution = 'output'  # 'output' (1/8, as published) | 'label'
   config.loss.edges = 'huber'  # 'huber' | 'balanced'
+  config.loss.depth = 'squared'  # 'squared' (published) | 'combined'
 
   # θ⁰'s optimiser. Entries name transforms of msp.transforms or optax; a
   # learning_rate may be a schedule: dict(name='cosine_decay_schedule', …).
@@ -130,6 +133,19 @@ def celeba() -> ConfigDict:
   return config
 
 
+def nyud() -> ConfigDict:
+  """NYU-v2 with the three tasks and the settings of Less is More."""
+  config = base()
+  config.data.name = 'nyud_mt'
+  config.data.source = 'datasets/NYUD_MT'
+  config.tasks = ('segmentation', 'depth', 'normals')
+  config.train.batch_size = 16
+  config.train.evaluate_every = 50  # an epoch of 795 images
+  config.train.steps = 50_000
+  config.train.patience = 25
+  return config
+
+
 def camvid() -> ConfigDict:
   """CamVid with dense and image-level tasks; the published recipe otherwise."""
   config = base()
@@ -160,10 +176,13 @@ def apply(config: ConfigDict, given: set[str]) -> None:
   """Applies the options that mean the same in every configuration."""
   if 'fixed' in given:
     config.sparsity.coefficient = 'fixed'
-    config.sparsity.value = 1e-5
+    config.sparsity.value = 1e-6 if config.data.name == 'nyud_mt' else 1e-5
   if 'procedural' in given:
-    config.data.source = 'datasets/procedural_faces'
-    config.data.procedural_images = 3000
+    faces = ('datasets/procedural_faces', 3000)
+    rooms = ('datasets/procedural_rooms', 1500)
+    config.data.source, config.data.procedural_images = (
+      rooms if config.data.name == 'nyud_mt' else faces
+    )
   if 'tiny' in given:
     tiny(config)
 
@@ -208,22 +227,26 @@ def tiny(config: ConfigDict) -> None:
   config.train.log_every = 5
   config.train.evaluate_every = 60
   config.train.patience = 0
-  if config.data.name == 'camvid':
-    config.data.image_size = (72, 96)
+  if config.data.procedural_images:
+    config.data.procedural_images = 400
+  if config.data.name in ('camvid', 'nyud_mt'):
     config.train.batch_size = 16
     if config.meta.inner_steps:  # as many query images a step as without them
       config.train.batch_size = 32
     config.loss.edges = 'balanced'
     config.sparsity.tolerance = 0.05
     _decay_rho(config, 'tolerance', 0.02)
+  if config.data.name == 'camvid':
+    config.data.image_size = (72, 96)
     config.tasks = ('segmentation', 'edges', 'presence_bicyclist')
+  elif config.data.name == 'nyud_mt':
+    config.data.image_size = (48, 64)
+    config.tasks = ('segmentation', 'depth', 'normals')
   else:
     config.data.image_size = (48, 48)
     config.train.batch_size = 32
     # A smile takes thousands of steps at this size, glasses take a hundred.
     config.tasks = ('segmentation', 'male', 'eyeglasses')
     config.sparsity.tolerance = 0.1
-    if config.data.procedural_images:
-      config.data.procedural_images = 400
     if config.data.hold_out:
       config.data.hold_out = 0.25

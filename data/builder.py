@@ -1,7 +1,7 @@
 """What the TFDS builders share: one configuration per image size, ArrayRecord.
 
-Records hold exact bytes: pictures already resized, label maps reduced by
-nearest neighbour. The builders import no TensorFlow.
+Records hold exact bytes: pictures and label maps already resized, no value of a
+label made up by that. The builders import no TensorFlow.
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import scipy.io
 from PIL import Image
 
 from data.errors import DataError
@@ -82,13 +83,64 @@ def read_mask(path: Path) -> np.ndarray:
     return np.asarray(_load(image, path).convert('L')) > 0
 
 
+def read_array(path: Path, key: str) -> np.ndarray:
+  """Reads numbers from a NumPy file, or from a MATLAB file of version 7 or older.
+
+  Args:
+    path: a file with the suffix .npy or .mat.
+    key: name of the variable in a .mat file.
+
+  Returns:
+    The array, of any shape and of any bool, integer or float type.
+
+  Raises:
+    DataError: the file is missing, unreadable or pickled, has no such variable, or
+      holds something else than real numbers.
+  """
+  try:
+    if path.suffix == '.mat':
+      found = scipy.io.loadmat(path, variable_names=[key], appendmat=False)
+      array = found.get(key)
+    else:
+      array = np.load(path, allow_pickle=False)
+  except FileNotFoundError:
+    raise DataError(f'missing file {path}') from None
+  except NotImplementedError:
+    raise DataError(
+      f'{path} is a MATLAB 7.3 file, which cannot be read; re-save it with'
+      " MATLAB's save(..., '-v7')"
+    ) from None
+  except Exception as error:  # whatever NumPy and SciPy raise on a damaged file
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise DataError(f'unreadable array {path}: {reason}') from None
+  if array is None:
+    raise DataError(f'{path} has no variable {key!r}; replace the file')
+  if not isinstance(array, np.ndarray) or array.dtype.kind not in 'buif':
+    what = getattr(array, 'dtype', type(array).__name__)
+    raise DataError(f'{path} holds {what}, expected real numbers; replace the file')
+  return array
+
+
 def resize_label(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Nearest-neighbour resize of (h, w) to `size`: no value is made up."""
+  """Nearest-neighbour resize of (h, w, ...) to `size`: no value is made up."""
   rows, columns = (
     ((np.arange(new) + 0.5) * old / new).astype(np.intp)
-    for new, old in zip(size, label.shape, strict=True)
+    for new, old in zip(size, label.shape[:2], strict=True)
   )
   return label[rows[:, None], columns]
+
+
+def resize_by_maximum(label: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Resizes (h, w) to `size`: the maximum of the pixels that become one.
+
+  A line of one pixel survives, where the nearest neighbour would break it up. Every
+  pixel counts in exactly one when shrinking; enlarging repeats pixels.
+  """
+  for axis, new in enumerate(size):
+    starts = np.arange(new) * label.shape[axis] // new
+    # Where two starts are the same, `reduceat` takes the one pixel there.
+    label = np.maximum.reduceat(label, starts, axis)
+  return label
 
 
 def _open(path: Path) -> Image.Image:

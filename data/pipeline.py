@@ -1,7 +1,7 @@
 """From a prepared data set to batches, with grain.
 
-Stored records are uint8; flips act on single records, everything else on whole
-batches: labels of the tasks, images to float32 in [0, 1].
+Flips act on single stored records, everything else on whole batches: labels of the
+tasks, images to float32 in [0, 1].
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data.errors import DataError
+from data.labels import NO_LABEL
 from data.preparation import data_set, prepared_folder, read_summary
 
 Batch = dict[str, np.ndarray]
@@ -50,22 +51,31 @@ def open(
   prepared: Path | str,
   image_size: tuple[int, int],
   hold_out: float,
+  *,
+  train_share: float = 1.0,
+  seed: int = 0,
 ) -> Splits:
   """Opens a prepared data set.
 
   Args:
-    name: `celebamask_hq` or `camvid`.
+    name: `celebamask_hq`, `camvid` or `nyud_mt`.
     prepared: folder under which it was built.
     image_size: (H, W) it was built with.
     hold_out: fraction of train that is kept apart to train the sparsity
       coefficient on, by the rule of the data set's module; 0: none.
+    train_share: fraction of the other train images to use, in (0, 1], drawn by
+      `seed`; at least one image. A smaller share is a part of a larger one.
+    seed: 0 to 2**32 - 1.
 
   Returns:
     Random-access sources of train, hold_out, val and test.
 
   Raises:
-    DataError: not prepared or damaged; `hold_out` leaves a part empty.
+    DataError: not prepared or damaged; `hold_out` leaves a part empty;
+      `train_share` is out of range.
   """
+  if not 0 < train_share <= 1:
+    raise DataError(f'the train share is {train_share}, must be above 0 and at most 1')
   folder = prepared_folder(name, prepared, image_size)
   if not folder.exists():
     raise DataError(
@@ -87,9 +97,12 @@ def open(
       f'holding out the fraction {hold_out} of {len(held_out)} train images of'
       f' {name} leaves one part empty; choose another fraction'
     )
+  train = np.flatnonzero(~held_out)
+  order = np.argsort(_draws(seed, train)[:, 0])
+  train = np.sort(train[order[: max(1, round(train_share * len(train)))]])
   part = lambda split, indices: Source(name, records[split], indices)
   return Splits(
-    train=part('train', np.flatnonzero(~held_out)),
+    train=part('train', train),
     hold_out=part('train', np.flatnonzero(held_out)) if hold_out else None,
     val=part('val', np.arange(len(records['val']))),
     test=part('test', np.arange(len(records['test']))),
@@ -103,6 +116,7 @@ def train_iterator(
   batch_size: int,
   seed: int,
   flip: bool,
+  missing: float = 0.0,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -116,8 +130,11 @@ def train_iterator(
     source: from `open`.
     tasks: names of the labels to yield.
     batch_size: images in the global batch, over all processes.
-    seed: of order and flips, 0 to 2**32 - 1.
+    seed: of order, flips and missing labels, 0 to 2**32 - 1.
     flip: whether to mirror half of the images, with their labels.
+    missing: share of the images that lack the label of one task, in [0, 1): all of
+      it is `NO_LABEL`. Which images, and which task each of them lacks, is the same
+      in every epoch.
     process_index: this process.
     process_count: number of processes; divides `batch_size`.
 
@@ -127,9 +144,16 @@ def train_iterator(
     (B,) bool, all True.
 
   Raises:
-    DataError: unknown task, empty source, or an impossible batch size.
+    DataError: unknown task, empty source, an impossible batch size or share of
+      missing labels.
   """
   local_size = _local_batch_size(source, tasks, batch_size, process_count)
+  if not 0 <= missing < 1:
+    raise DataError(
+      f'the share of missing labels is {missing}, must be at least 0 and below 1'
+    )
+  if missing:
+    source = _Incomplete(source, tasks, missing, seed)
   dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
   if flip:
     dataset = dataset.random_map(_RandomFlip(source.name))
@@ -182,6 +206,38 @@ def eval_batches(
   return batches()
 
 
+# In a record or a batch of them: position of the task without a label, -1: none.
+_MISSING = '_missing'
+
+
+class _Incomplete(Source):
+  """A part of a data set where some images lack the label of one task."""
+
+  def __init__(self, source: Source, tasks: Sequence[str], share: float, seed: int):
+    if len(tasks) < 2:
+      raise DataError(
+        f'a share of {share} of the labels is to be missing, but {tasks[0]} is the'
+        ' only task: images without any label would remain'
+      )
+    super().__init__(source.name, source._records, source.indices)
+    draws = _draws(seed, source.indices)
+    chosen = np.argsort(draws[:, 1])[: round(share * len(source))]
+    self._missing = np.full(len(source), -1)
+    self._missing[chosen] = draws[chosen, 2] * len(tasks)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    return super().__getitem__(index) | {_MISSING: self._missing[index]}
+
+
+def _draws(seed: int, indices: np.ndarray) -> np.ndarray:
+  """Random numbers in [0, 1) of images, (n, 3): a stored position has its own.
+
+  For what is fixed through a run: a column for the train share, for the images with
+  a missing label, and for the task that they lack.
+  """
+  return np.random.default_rng(seed).random((indices.max() + 1, 3))[indices]
+
+
 class _RandomFlip(grain.transforms.RandomMap):
   """Mirrors half of the records; grain seeds each one by its position."""
 
@@ -197,6 +253,14 @@ class _RandomFlip(grain.transforms.RandomMap):
 def _batch(name: str, records: Mapping[str, Any], tasks: Sequence[str]) -> Batch:
   image = np.multiply(records['image'], np.float32(1 / 255), dtype=np.float32)
   labels = data_set(name).task_labels(records, tasks)
+  if _MISSING in records:
+    known = data_set(name).LABELS
+    for position, task in enumerate(tasks):
+      label = labels[task]
+      missing = records[_MISSING] == position
+      missing = missing.reshape(-1, *(1 for _ in label.shape[1:]))
+      no_label = label.dtype.type(NO_LABEL[known[task].kind])
+      labels[task] = np.where(missing, no_label, label)
   return {'image': image, 'valid': np.ones(len(image), bool)} | labels
 
 

@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +29,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from data import camvid, celebamask_hq, stand_in
+from data import (
+  camvid,
+  celebamask_hq,
+  nyud_mt,
+  procedural_faces,
+  procedural_rooms,
+  stand_in,
+)
 from data.builder import FileBuilder, SizeConfig, size_config
 from data.errors import DataError
 from data.files import write_atomically
@@ -45,10 +52,16 @@ BAD_FILES_IN_MESSAGE = 3
 DATA_SETS: dict[str, ModuleType] = {
   'celebamask_hq': celebamask_hq,
   'camvid': camvid,
+  'nyud_mt': nyud_mt,
 }
 _BUILDERS: dict[str, type[FileBuilder]] = {
   'celebamask_hq': celebamask_hq.CelebamaskHq,
   'camvid': camvid.Camvid,
+  'nyud_mt': nyud_mt.NyudMt,
+}
+_RENDERERS: dict[str, Callable[..., Path]] = {
+  'celebamask_hq': procedural_faces.render_faces,
+  'nyud_mt': procedural_rooms.render_rooms,
 }
 
 
@@ -63,7 +76,7 @@ def labels(name: str) -> dict[str, Label]:
   """Every task of a data set.
 
   Args:
-    name: `celebamask_hq` or `camvid`.
+    name: `celebamask_hq`, `camvid` or `nyud_mt`.
 
   Returns:
     Task name -> kind and classes of its label.
@@ -72,6 +85,43 @@ def labels(name: str) -> dict[str, Label]:
     DataError: unknown data set.
   """
   return dict(data_set(name).LABELS)
+
+
+def render(
+  name: str,
+  target: Path | str,
+  num: int,
+  image_size: tuple[int, int],
+  seed: int,
+  *,
+  progress: bool = True,
+) -> Path:
+  """Writes the procedural stand-in of a data set, in its layout of files.
+
+  A killed rendering continues where it stopped.
+
+  Args:
+    name: `celebamask_hq` or `nyud_mt`.
+    target: folder to write; created if missing.
+    num: number of pictures.
+    image_size: (H, W) of pictures and labels.
+    seed: seed of the set.
+    progress: whether to report progress.
+
+  Returns:
+    `target`.
+
+  Raises:
+    DataError: the data set has no stand-in; `target` holds a set made with other
+      settings, or other files; it cannot be written; a setting is out of range.
+  """
+  data_set(name)
+  if name not in _RENDERERS:
+    raise DataError(
+      f'{name} has no procedural stand-in, only {", ".join(_RENDERERS)} have; set'
+      ' data.procedural_images to 0 and data.source to the published files'
+    )
+  return _RENDERERS[name](target, num, image_size, seed, progress=progress)
 
 
 def prepared_folder(
@@ -97,7 +147,7 @@ def prepare(
   A killed run continues where it stopped when the same call is made again.
 
   Args:
-    name: `celebamask_hq` or `camvid`.
+    name: `celebamask_hq`, `camvid` or `nyud_mt`.
     source: folder that holds the published files.
     prepared: folder under which data sets are built.
     image_size: (H, W) in pixels to resize to.

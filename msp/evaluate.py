@@ -1,5 +1,6 @@
 """Metrics of a state on a whole split: sums and counts, divided once."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from msp.tasks import Task
 from msp.train_step import label_mask
 
 PyTree = Any
+# A metric of 0 is scored as this.
+SMALLEST = 1e-3
 
 
 def make_eval_step(
@@ -78,8 +81,9 @@ def evaluate(
 
   Returns:
     'loss' (sum over tasks), 'loss/<task>', '<task>/<metric>', and 'score', the
-    mean over tasks of the primary metric (negated where lower is better).
-    Undefined metrics are left out.
+    mean over tasks of ± log of the primary metric M (− where lower is better), so
+    that metres, degrees and shares weigh alike: its differences are mean relative
+    changes, as Δm. Undefined metrics are left out.
   """
   parts = [jax.device_get(eval_step(params, batch_stats, b)) for b in batches]
   result: dict[str, float] = {}
@@ -92,7 +96,7 @@ def evaluate(
     result |= {f'{name}/{metric}': value for metric, value in metrics.items()}
     if task.primary in metrics:
       sign = 1 if task.higher_is_better else -1
-      primaries.append(sign * metrics[task.primary])
+      primaries.append(sign * math.log(max(metrics[task.primary], SMALLEST)))
   result['loss'] = sum(result.get(f'loss/{name}', 0.0) for name in tasks)
   if primaries:
     result['score'] = float(np.mean(primaries))

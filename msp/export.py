@@ -25,8 +25,8 @@ def predictor(
     image_shape: (H, W, 3).
 
   Returns:
-    (B, H, W, 3) float32 in [0, 1] -> {task: class map (B, H, W) int32, probability map
-    (B, H, W) float32, or probability (B,) float32}.
+    (B, H, W, 3) float32 in [0, 1] -> {task: class map (B, H, W) int32; probability or
+    depth (B, H, W), normals (B, H, W, 3), or probability (B,), float32}.
   """
   model, params, batch_stats = network
   # XLA's own convolutions: the file is to run on every platform.
@@ -75,7 +75,7 @@ def check(
     images: (B, H, W, 3).
 
   Returns:
-    The largest difference of a probability, or share of pixels of another class.
+    The largest difference of a number, or share of pixels of another class.
 
   Raises:
     UserError: it is above 1e-4.
@@ -126,6 +126,8 @@ def card(
         'value': {
           'segmentation': 'class number of every pixel, int32',
           'edges': 'probability of every pixel, float32',
+          'depth': 'metres, float32',
+          'normals': 'unit vector of every pixel (right, up, to the viewer), float32',
           'attribute': 'probability of the last class, float32',
         }[task.kind],
       }

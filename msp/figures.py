@@ -12,6 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from msp.losses import MAX_DEPTH
+
 # Okabe and Ito's palette: told apart with every common colour vision.
 BLUE, ORANGE, GREEN, PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
 COLORS = (BLUE, '#E69F00', GREEN, PURPLE, '#56B4E9', ORANGE, '#F0E442', '#444444')
@@ -62,14 +64,7 @@ class TaskPanel(NamedTuple):
   label: np.ndarray
   prediction: np.ndarray
   classes: Sequence[str]
-
-  @property
-  def kind(self) -> str:
-    """As `msp.tasks.Task.kind`, read off the arrays."""
-    if self.label.ndim == 1:
-      return 'attribute'
-    whole = np.issubdtype(self.prediction.dtype, np.integer)
-    return 'segmentation' if whole else 'edges'
+  kind: str  # as `msp.tasks.Task.kind`
 
 
 def words(name: str) -> str:
@@ -98,11 +93,9 @@ def predictions(image: np.ndarray, tasks: Sequence[TaskPanel]) -> Figure:
   cell = (WIDTH - margin) / num
   tall = cell * height / width
   badge = 0.2
+  shown = [_occurring(task) if task.kind == 'segmentation' else [] for task in dense]
   legends = [
-    0.18 * (1 + (len(task.classes) - 1) // 6) + 0.12
-    if task.kind == 'segmentation'
-    else 0.06
-    for task in dense
+    0.18 * -(-len(classes) // 6) + 0.12 if classes else 0.06 for classes in shown
   ]
   heights = [tall]
   if attributes:
@@ -145,20 +138,18 @@ def predictions(image: np.ndarray, tasks: Sequence[TaskPanel]) -> Figure:
       for i, task in enumerate(attributes):
         _badge(axes, i + 0.5, task, n, size)
   at = 2 if attributes else 1
-  for task in dense:
-    paint = _overlay if task.kind == 'segmentation' else _edge_map
+  for task, occurring in zip(dense, shown, strict=True):
+    paint = _PAINT[task.kind]
     for part, maps in (('label', task.label), ('prediction', task.prediction)):
-      shown = [paint(m, p, task.classes) for m, p in zip(maps, image, strict=True)]
-      pictures(at, words(task.name).replace(' ', '\n') + f'\n{part}', shown)
+      painted = [paint(m, p, task.classes) for m, p in zip(maps, image, strict=True)]
+      pictures(at, words(task.name).replace(' ', '\n') + f'\n{part}', painted)
       at += 1
     axes = figure.add_subplot(grid[at, :])
     axes.axis('off')
-    if task.kind == 'segmentation':
+    if occurring:
+      colors = class_colors(task.classes)
       axes.legend(
-        handles=[
-          Patch(color=color, label=name)
-          for color, name in zip(class_colors(task.classes), task.classes, strict=True)
-        ],
+        handles=[Patch(color=colors[i], label=task.classes[i]) for i in occurring],
         loc='center',
         ncols=6,
         handlelength=1,
@@ -349,11 +340,98 @@ def groups(layers: Sequence[Layer]) -> Figure:
   return figure
 
 
+def comparison(
+  titles: Sequence[str], cells: Mapping[str, Sequence[Sequence[float]]]
+) -> Figure:
+  """A panel for each column of a table, a line for each run, a dot for each seed.
+
+  Args:
+    titles: of the columns.
+    cells: run -> for each column the values of its seeds; may be empty.
+  """
+  names = list(cells)
+  columns = min(len(titles), 4)
+  rows = -(-len(titles) // columns)
+  height = 0.24 * len(names) + 0.75
+  figure = Figure(figsize=(WIDTH, height * rows), layout='constrained')
+  grid = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+  for axes in grid[len(titles) :]:
+    axes.axis('off')
+  for column, (axes, title) in enumerate(zip(grid, titles, strict=False)):
+    for y, name in enumerate(names):
+      values = cells[name][column]
+      axes.plot(
+        values, [y] * len(values), 'o', color=BLUE, alpha=0.5, markeredgewidth=0
+      )
+      if values:
+        mean = float(np.mean(values))
+        axes.plot([mean, mean], [y - 0.35, y + 0.35], color=ORANGE)
+    axes.set_title(title, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=7.5)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.tick_params(axis='x', labelsize=7)
+  return figure
+
+
+def trajectories(
+  curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
+  title: str,
+  *,
+  log: bool = False,
+) -> Figure:
+  """(steps, values) over time: a colour for each run, a line for each seed."""
+  figure = Figure(figsize=(WIDTH, 3.2), layout='constrained')
+  axes = figure.subplots()
+  styles = itertools.product(('-', '--', ':'), COLORS)
+  for (name, seeds), (dash, color) in zip(curves.items(), styles, strict=False):
+    for i, (steps, values) in enumerate(seeds):
+      label = name if i == 0 else None
+      _line(axes, steps, values, color=color, linestyle=dash, label=label, linewidth=1)
+  if log:
+    axes.set_yscale('log')
+  axes.set_title(title)
+  axes.legend(fontsize=7, loc='center left', bbox_to_anchor=(1.01, 0.5))
+  _step_axis(axes)
+  return figure
+
+
+def patterns(shares: Mapping[str, Mapping[str, float]]) -> Figure:
+  """Share of alive groups: a row for each run, a column for each layer.
+
+  Args:
+    shares: run -> layer -> share in [0, 1].
+  """
+  layers = list(dict.fromkeys(layer for row in shares.values() for layer in row))
+  values = np.array(
+    [[row.get(layer, np.nan) for layer in layers] for row in shares.values()]
+  )
+  figure = Figure(figsize=(WIDTH, 0.26 * len(shares) + 1.5), layout='constrained')
+  axes = figure.subplots()
+  axes.imshow(values, cmap='Blues', vmin=0, vmax=1, aspect='auto')
+  axes.set_yticks(range(len(shares)), list(shares), fontsize=7.5)
+  axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
+  if len(layers) <= 24:
+    for (i, j), value in np.ndenumerate(values):
+      color = 'white' if value > 0.6 else INK
+      axes.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=6, color=color)
+  axes.set_title('alive groups')
+  axes.grid(visible=False)
+  return figure
+
+
 def class_colors(classes: Sequence[str]) -> list[tuple[float, float, float]]:
   """A colour for each class; 'background' is a neutral grey."""
   base = [np.array(to_rgb(color)) for color in COLORS[:7]]
   # After seven hues, lighter and darker ones of them.
-  tints = [lambda c: c, lambda c: 0.45 * c + 0.55, lambda c: 0.5 * c]
+  tints = [
+    lambda c: c,
+    lambda c: 0.45 * c + 0.55,
+    lambda c: 0.5 * c,
+    lambda c: 0.75 * c + 0.25,
+    lambda c: 0.25 * c + 0.25,
+    lambda c: 0.2 * c + 0.8,
+  ]
   colors = [tint(color) for tint in tints for color in base]
   numbers = iter(range(len(classes)))
   return [
@@ -362,6 +440,12 @@ def class_colors(classes: Sequence[str]) -> list[tuple[float, float, float]]:
     else tuple(colors[next(numbers) % len(colors)])
     for name in classes
   ]
+
+
+def _occurring(task):
+  """Indices of the classes in a task's labels or predictions."""
+  both = np.union1d(task.label, task.prediction)
+  return [int(i) for i in both if 0 <= i < len(task.classes)]
 
 
 def _overlay(class_map, image, classes):
@@ -376,6 +460,25 @@ def _edge_map(probability, image, _):
   """White on black; ignored pixels (−1) are grey."""
   level = np.clip(probability, 0, 1).astype(float)[..., None] * np.ones(3)
   return np.where(probability[..., None] < 0, 0.5, level)
+
+
+def _depth_map(depth, image, _):
+  """Near bright, far dark, on one scale for all; black without a measurement."""
+  shown = colormaps['magma_r'](np.clip(depth / MAX_DEPTH, 0, 1))[..., :3]
+  return np.where(depth[..., None] > 0, shown, 0.0)
+
+
+def _normal_map(normals, image, _):
+  """(n + 1)/2 as a colour; black without a normal."""
+  return np.where(np.any(normals, axis=-1, keepdims=True), (normals + 1) / 2, 0.0)
+
+
+_PAINT = {
+  'segmentation': _overlay,
+  'edges': _edge_map,
+  'depth': _depth_map,
+  'normals': _normal_map,
+}
 
 
 def _badge(axes, y, task, n, size):

@@ -324,6 +324,31 @@ def alive(groups: Groups, params: PyTree) -> dict[str, jax.Array]:
   }
 
 
+def remove(groups: Groups, params: PyTree, keep: Mapping[str, jax.Array]) -> PyTree:
+  """Sets the groups that do not survive to exactly 0.
+
+  Args:
+    groups: which groups.
+    params: θ.
+    keep: layer -> bool for each group.
+
+  Returns:
+    θ with zeros; `msp.compact.compact` takes them out.
+  """
+  if groups.axis == 'coupled':
+    changed = by_path(params)
+    for layer, members in zip(groups.layers, groups.members, strict=True):
+      # A kernel is in two streams: the second finds what the first has left of it.
+      matrix = jnp.where(keep[layer][:, None], gather(members, changed), 0)
+      changed = scatter(members, matrix, changed)
+  else:
+    changed = {
+      layer: jnp.where(expand(keep[layer], x, groups.array_axis), x, 0)
+      for layer, x in select(groups, params).items()
+    }
+  return replace(params, changed)
+
+
 class Sparsity(NamedTuple):
   """How sparse the grouped kernels are.
 

@@ -102,6 +102,29 @@ def read(source: str, model: multitask.MultiTask) -> Initial:
   )
 
 
+def tasks(source: str) -> list[str]:
+  """The tasks that initial weights have heads for.
+
+  Args:
+    source: as in `read`: a compact network, or a run.
+
+  Raises:
+    UserError: there is none, or it is of another kind.
+  """
+  path = Path(source)
+  if source and (path / 'shape.json').exists():
+    arrays = compact.read_arrays(path)[1]
+    heads = [name.split('/')[2] for name in arrays if name.startswith('params/heads/')]
+    return list(dict.fromkeys(heads))
+  try:
+    return list(json.loads((path / 'config.json').read_text())['tasks'])
+  except (OSError, ValueError, KeyError, TypeError):
+    raise UserError(
+      f'initial={source or "(empty)"}: adapting needs the work directory of a run, or '
+      f'what --mode compact wrote'
+    ) from None
+
+
 def _read_run(source, model):
   with Checkpoints(Path(source), read_only=True) as checkpoints:
     latest = checkpoints.latest_step()

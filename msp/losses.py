@@ -17,6 +17,8 @@ from msp.errors import UserError
 
 IGNORE = 255
 COMBINATIONS = ('sum', 'fixed', 'uncertainty')
+# Metres; what a Kinect measures, so the depth of NYU-v2, ends here.
+MAX_DEPTH = 10.0
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -98,6 +100,92 @@ def balanced_edges(logits: jax.Array, label: jax.Array, valid: jax.Array) -> jax
   edges = masked_mean(-jax.nn.log_sigmoid(z), (label == 1) & valid)
   rest = masked_mean(-jax.nn.log_sigmoid(-z), (label == 0) & valid)
   return (edges + rest) / 2
+
+
+def squared_depth(logits: jax.Array, label: jax.Array, valid: jax.Array) -> jax.Array:
+  """e² with e = σ(z) − d/10 m.
+
+  The published loss (Less is More), but on one scale for all images, where it divides
+  each by its own maximum, and blind to pixels without a measurement.
+
+  Args:
+    logits: z, shape (B, h, w, 1).
+    label: d, metres, 0 where there is none; shape (B, h, w), float.
+    valid: which examples count, shape (B,), bool.
+
+  Returns:
+    Mean over valid pixels, ().
+  """
+  error, mask = _depth_error(logits, label, valid)
+  return masked_mean(error**2, mask)
+
+
+def combined_depth(logits: jax.Array, label: jax.Array, valid: jax.Array) -> jax.Array:
+  """Depth, its slopes and the normals of its surface (Hu et al., WACV 2019).
+
+  ⟨F(e)⟩ + ⟨F(∂ₓe)⟩ + ⟨F(∂ᵧe)⟩ + ⟨1 − cos(n, n_d)⟩ with F(e) = ln(1 + 2|e|), e as in
+  `squared_depth`, ∂ the Sobel operators and n = (−∂ₓp, −∂ᵧp, 1). F is the published
+  ln(|e| + ½) shifted to be 0 at 0: ratios of losses mean something then.
+
+  Args: as `squared_depth`.
+
+  Returns:
+    (); slopes and normals where all nine pixels under the operator are valid.
+  """
+  error, mask = _depth_error(logits, label, valid)
+  p, d = error + label / MAX_DEPTH, (label / MAX_DEPTH).astype(error.dtype)
+  log = lambda e: jnp.log1p(2 * jnp.abs(e))
+  rows, columns = (max(n - 2, 0) for n in label.shape[1:])
+  windows = [mask[:, i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
+  whole = functools.reduce(jnp.logical_and, windows)
+  (px, py), (dx, dy) = _sobel(p), _sobel(d)
+  cosine = (px * dx + py * dy + 1) / jnp.sqrt((px**2 + py**2 + 1) * (dx**2 + dy**2 + 1))
+  slopes = log(px - dx) + log(py - dy)
+  return masked_mean(log(error), mask) + masked_mean(slopes + 1 - cosine, whole)
+
+
+def _depth_error(logits, label, valid):
+  p = jax.nn.sigmoid(logits[..., 0])
+  mask = (label > 0) & valid[:, None, None]
+  return p - (label / MAX_DEPTH).astype(p.dtype), mask
+
+
+def _sobel(x):
+  """∂ₓ and ∂ᵧ of (B, h, w) where the operator is inside: (B, h − 2, w − 2) each."""
+  smooth_rows = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]
+  smooth_columns = x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]
+  return (
+    smooth_rows[:, :, 2:] - smooth_rows[:, :, :-2],
+    smooth_columns[:, 2:] - smooth_columns[:, :-2],
+  )
+
+
+def unit_normals(logits: jax.Array) -> jax.Array:
+  """t/√(‖t‖² + 1e-8) with t = tanh(z), along the last axis; shape and dtype of z.
+
+  The constant bounds the derivative at z = 0, which a dead backbone gives.
+  """
+  direction = jnp.tanh(logits)
+  square = jnp.sum(direction**2, axis=-1, keepdims=True)
+  return direction / jnp.sqrt(square + 1e-8)
+
+
+def cosine_normals(logits: jax.Array, label: jax.Array, valid: jax.Array) -> jax.Array:
+  """1 − ⟨n̂, n⟩ with n̂ = `unit_normals`(z), as published (Less is More).
+
+  Args:
+    logits: z, shape (B, h, w, 3).
+    label: n, unit vectors, (0, 0, 0) where there is none; shape (B, h, w, 3), float.
+    valid: which examples count, shape (B,), bool.
+
+  Returns:
+    Mean over valid pixels, ().
+  """
+  label = label.astype(logits.dtype)
+  cosine = jnp.sum(unit_normals(logits) * label, axis=-1)
+  # Not "some component above 0": (0, 0, −1) is a normal.
+  mask = jnp.any(label != 0, axis=-1) & valid[:, None, None]
+  return masked_mean(1 - cosine, mask)
 
 
 def combine(

@@ -14,12 +14,15 @@ import numpy as np
 
 from msp import resize
 from msp.errors import UserError
-from msp.losses import IGNORE
+from msp.losses import IGNORE, MAX_DEPTH, unit_normals
 
 Update = dict[str, jax.Array]
 
 # p ≥ k / BINS is an edge, k = 1 … BINS − 1.
 BINS = 100
+# Of angles from 0 to 180 degrees, for their median.
+ANGLE_BINS = 1800
+ANGLES = (11.25, 22.5, 30.0)
 
 
 def segmentation_update(
@@ -127,6 +130,109 @@ def edges_compute(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     best = int(np.argmax(f1))
     result |= {'f1': float(f1[best]), 'f1_threshold': (best + 1) / BINS}
   return result
+
+
+def depth_update(logits: jax.Array, label: jax.Array, valid: jax.Array) -> Update:
+  """Sums of errors in metres, over pixels with a measurement.
+
+  Args:
+    logits: z, shape (B, h, w, 1); the depth is 10 m · σ(z).
+    label: metres, 0 where there is none; shape (B, H, W), float.
+    valid: shape (B,), bool.
+
+  Returns:
+    `absolute`, `squared`, `relative` errors, `close` (ratio below 1.25) and `pixels`
+    as sums; `images_without` a single measurement.
+  """
+  depth = MAX_DEPTH * jax.nn.sigmoid(resize.bilinear(logits, label.shape[1:])[..., 0])
+  mask = (label > 0) & valid[:, None, None]
+  error = jnp.where(mask, jnp.abs(depth - label), 0)
+  truth = jnp.where(mask, label, 1)
+  ratio = jnp.where(mask, jnp.maximum(depth / truth, truth / depth), jnp.inf)
+  return {
+    'absolute': jnp.sum(error),
+    'squared': jnp.sum(error**2),
+    'relative': jnp.sum(error / truth),
+    'close': jnp.sum(ratio < 1.25),
+    'pixels': jnp.sum(mask),
+    'images_without': jnp.sum(valid & ~mask.any(axis=(1, 2))),
+  }
+
+
+def depth_compute(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """MAE and RMSE in metres, mean |e|/d, share of pixels with ratio below 1.25.
+
+  Returns:
+    `rmse`, `mae`, `abs_rel`, `delta_1.25`; `images_without_label` if there are any:
+    they count in none of the others.
+  """
+  total = _sum(updates)
+  if not total or not total['pixels']:
+    return {}
+  mean = lambda name: float(total[name] / total['pixels'])
+  return {
+    'rmse': float(np.sqrt(mean('squared'))),
+    'mae': mean('absolute'),
+    'abs_rel': mean('relative'),
+    'delta_1.25': mean('close'),
+    **_unlabelled(total),
+  }
+
+
+def normals_update(logits: jax.Array, label: jax.Array, valid: jax.Array) -> Update:
+  """Angles between predicted and true normals: sums and a histogram.
+
+  Args:
+    logits: z, shape (B, h, w, 3).
+    label: unit vectors, (0, 0, 0) where there is none; shape (B, H, W, 3), float.
+    valid: shape (B,), bool.
+
+  Returns:
+    `angle`, `squared` (degrees, degrees²): sums; `within`: pixels below each of
+    `ANGLES`, (3,); `histogram`, (1800,); `pixels`; `images_without` a normal.
+  """
+  predicted = unit_normals(resize.bilinear(logits, label.shape[1:3]))
+  # arccos of a cosine near 1 would lose half of the digits.
+  cross = jnp.linalg.norm(jnp.cross(predicted, label), axis=-1)
+  angle = jnp.rad2deg(jnp.arctan2(cross, jnp.sum(predicted * label, axis=-1)))
+  mask = jnp.any(label != 0, axis=-1) & valid[:, None, None]
+  bins = jnp.clip((angle * (ANGLE_BINS / 180)).astype(jnp.int32), 0, ANGLE_BINS - 1)
+  angle = jnp.where(mask, angle, 0)
+  return {
+    'angle': jnp.sum(angle),
+    'squared': jnp.sum(angle**2),
+    'within': jnp.stack([jnp.sum(mask & (angle < limit)) for limit in ANGLES]),
+    'histogram': jnp.zeros(ANGLE_BINS, jnp.int32).at[bins].add(mask),
+    'pixels': jnp.sum(mask),
+    'images_without': jnp.sum(valid & ~mask.any(axis=(1, 2))),
+  }
+
+
+def normals_compute(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Mean, median and root mean square angle in degrees; shares within 11.25, ….
+
+  Returns:
+    `mean_angle`, `median_angle` (lower median, to 0.05 degrees), `rmse_angle`,
+    `within_11.25`, `within_22.5`, `within_30`; `images_without_label` if there are any.
+  """
+  total = _sum(updates)
+  if not total or not total['pixels']:
+    return {}
+  pixels = total['pixels']
+  middle = int(np.searchsorted(np.cumsum(total['histogram']), (pixels + 1) // 2))
+  within = zip(ANGLES, total['within'], strict=True)
+  return {
+    'mean_angle': float(total['angle'] / pixels),
+    'median_angle': (middle + 0.5) * 180 / ANGLE_BINS,
+    'rmse_angle': float(np.sqrt(total['squared'] / pixels)),
+    **{f'within_{limit:g}': float(count / pixels) for limit, count in within},
+    **_unlabelled(total),
+  }
+
+
+def _unlabelled(total):
+  count = float(total['images_without'])
+  return {'images_without_label': count} if count else {}
 
 
 def attribute_update(logits: jax.Array, label: jax.Array, valid: jax.Array) -> Update:

@@ -35,7 +35,8 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
 
   Of PICTURE.jpg: `PICTURE.jpg.TASK.png` in the picture's own size, for segmentation an
   indexed image whose values are class numbers and whose palette shows them, for edges
-  the probability · 255; probabilities of attributes in `attributes.csv`, a row for
+  the probability · 255, for depth millimetres (16 bits), for normals (n + 1)/2 · 255
+  in red, green and blue; probabilities of attributes in `attributes.csv`, a row for
   each picture.
 
   Args:
@@ -79,8 +80,8 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
       for i, (path, _) in enumerate(good):
         for name, kind in kinds.items():
           if kind != 'attribute':
-            colors = class_colors(classes[name]) if kind == 'segmentation' else None
-            content = _png(predictions[name][i], colors, read_size(path))
+            size_of = read_size(path)
+            content = _png(kind, predictions[name][i], classes[name], size_of)
             write_atomically(target / f'{path.name}.{name}.png', content)
         rows.append([path.name, *(f'{predictions[a][i]:.4f}' for a in attributes)])
     if not rows:
@@ -108,14 +109,17 @@ def _batches(files, size) -> Iterator[list[tuple[Path, np.ndarray | None]]]:
     yield batch
 
 
-def _png(prediction, colors, size):
-  """Class numbers with a palette of their colours, or a probability in grey."""
-  if colors is not None:
-    image = Image.fromarray(resize_label(prediction.astype(np.uint8), size), 'P')
-    image.putpalette((np.array(colors) * 255).round().astype(np.uint8).tobytes())
-  else:
-    level = np.round(prediction * 255).astype(np.uint8)
-    image = Image.fromarray(resize_label(level, size))
+def _png(kind, prediction, classes, size):
+  """A dense prediction as a picture of `size`; see `predict_folder`."""
+  scale, number = {'depth': (1000, np.uint16), 'segmentation': (1, np.uint8)}.get(
+    kind, (255, np.uint8)
+  )
+  values = (prediction + 1) / 2 if kind == 'normals' else prediction
+  whole = np.round(values * scale).astype(number)
+  image = Image.fromarray(resize_label(whole, size))
+  if kind == 'segmentation':
+    colors = np.array(class_colors(classes)) * 255
+    image.putpalette(colors.round().astype(np.uint8).tobytes())
   content = io.BytesIO()
   image.save(content, 'PNG')
   return content.getvalue()

@@ -110,28 +110,3 @@ def _rank(x):
   """Position of every entry from the highest, ties in order."""
   order = jnp.argsort(-x.ravel(), stable=True)
   return jnp.zeros_like(order).at[order].set(jnp.arange(order.size)).reshape(x.shape)
-
-
-def remove(groups: gr.Groups, params: PyTree, keep: Mapping[str, jax.Array]) -> PyTree:
-  """Sets the groups that do not survive to exactly 0.
-
-  Args:
-    groups: which groups.
-    params: θ.
-    keep: layer -> bool for each group.
-
-  Returns:
-    θ with zeros; `msp.compact.compact` takes them out.
-  """
-  if groups.axis == 'coupled':
-    changed = gr.by_path(params)
-    for layer, members in zip(groups.layers, groups.members, strict=True):
-      # A kernel is in two streams: the second finds what the first has left of it.
-      matrix = jnp.where(keep[layer][:, None], gr.gather(members, changed), 0)
-      changed = gr.scatter(members, matrix, changed)
-  else:
-    changed = {
-      layer: jnp.where(gr.expand(keep[layer], x, groups.array_axis), x, 0)
-      for layer, x in gr.select(groups, params).items()
-    }
-  return gr.replace(params, changed)

@@ -1,12 +1,13 @@
 """One self-contained HTML page and its figures, from a run's log alone."""
 
 import base64
+import functools
 import io
 import json
 import math
 import string
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from msp.workdir import write as write_file
 Row = Mapping[str, Any]
 
 # Of a task's metrics the first that is there stands for it at the top of the page.
-PRIMARY = ('miou', 'balanced_accuracy', 'f1')
+PRIMARY = ('miou', 'balanced_accuracy', 'f1', 'rmse', 'mean_angle')
 PICTURES = 6
 
 LEGENDS = {
@@ -31,6 +32,9 @@ LEGENDS = {
   'is to be ignored.',
   'edges': 'Edges: white on black, grey where the label is to be ignored; the '
   'brightness of a prediction is its probability.',
+  'depth': 'Depth: bright is near, black has no measurement.',
+  'normals': 'Normals: red is to the right, green up, blue towards the viewer; black '
+  'has none.',
 }
 
 
@@ -70,7 +74,42 @@ def write(workdir: str | Path) -> Path:
   """
   workdir = Path(workdir)
   log = read(workdir)
-  page_path = path(workdir)
+  return write_page(
+    path(workdir),
+    functools.partial(_body, log),
+    title=_title(log, workdir),
+    about=_about(log),
+    notes=_notes(log),
+    lead=_lead(log),
+  )
+
+
+def write_page(
+  page_path: Path,
+  body: Callable[[Callable[..., str]], Iterable[str]],
+  *,
+  title: str,
+  about: str,
+  notes: str,
+  lead: str,
+) -> Path:
+  """Writes one self-contained page, and its figures beside it as PNG files.
+
+  Args:
+    page_path: of the page; other PNG files in its folder are removed.
+    body: (figure) -> parts of HTML, in order, where figure(name, drawn, caption) keeps
+      a Matplotlib figure and gives its HTML.
+    title: text.
+    about: HTML, a line below the title.
+    notes: HTML, warnings.
+    lead: HTML, the result in one line.
+
+  Returns:
+    `page_path`.
+
+  Raises:
+    UserError: no place for it.
+  """
   folder = page_path.parent
   try:
     folder.mkdir(exist_ok=True)
@@ -80,10 +119,10 @@ def write(workdir: str | Path) -> Path:
     old.unlink()
 
   def figure(name, drawn, caption):
-    data = io.BytesIO()
-    drawn.savefig(data, format='png')
-    write_file(folder / f'{name}.png', lambda f: f.write(data.getvalue()))
-    encoded = base64.b64encode(data.getvalue()).decode()
+    content = io.BytesIO()
+    drawn.savefig(content, format='png')
+    write_file(folder / f'{name}.png', lambda f: f.write(content.getvalue()))
+    encoded = base64.b64encode(content.getvalue()).decode()
     return (
       f'<figure><div class="picture"><img alt="{escape(name)}" '
       f'src="data:image/png;base64,{encoded}"></div>'
@@ -91,13 +130,9 @@ def write(workdir: str | Path) -> Path:
     )
 
   with matplotlib.rc_context(figures.STYLE):
-    body = ''.join(_body(log, figure))
+    parts = ''.join(body(figure))
   page = string.Template(Path(__file__).with_suffix('.html').read_text()).substitute(
-    title=escape(_title(log, workdir)),
-    about=_about(log),
-    notes=_notes(log),
-    lead=_lead(log),
-    body=body,
+    title=escape(title), about=about, notes=notes, lead=lead, body=parts
   )
   write_file(page_path, lambda f: f.write(page.encode()))
   return page_path
@@ -161,12 +196,12 @@ def _panels(path):
     if kind != 'prediction':
       continue
     label = arrays[f'label/{name}'][:PICTURES]
-    if f'classes/{name}' in arrays:
-      classes = [str(c) for c in arrays[f'classes/{name}']]
-    else:
-      known = np.concatenate([label[label != 255].ravel(), prediction.ravel()])
-      classes = [f'class {i}' for i in range(int(known.max(initial=0)) + 1)]
-    panels.append(figures.TaskPanel(name, label, prediction[:PICTURES], classes))
+    classes = [str(c) for c in arrays[f'classes/{name}']]
+    panels.append(
+      figures.TaskPanel(
+        name, label, prediction[:PICTURES], classes, str(arrays[f'kind/{name}'])
+      )
+    )
   return arrays['image'], panels
 
 
@@ -404,7 +439,7 @@ def _metric_tables(log, metrics):
       cells += [_metric(row.get(f'{task}/{name}')) for _, row in columns]
       kind = ('group ' if i == 0 else '') + ('main' if name == _primary(listed) else '')
       body.append((kind.strip(), cells))
-  yield f'<div class="card">{_table(head, body, 2)}</div>'
+  yield f'<div class="card">{html_table(head, body, 2)}</div>'
   for task in metrics:
     prefix = f'{task}/iou/'
     classes = dict.fromkeys(
@@ -415,7 +450,7 @@ def _metric_tables(log, metrics):
         ('', [_words(c.removeprefix(prefix)), *(_metric(r.get(c)) for _, r in columns)])
         for c in classes
       ]
-      table = _table(['class', *head[2:]], rows, 1)
+      table = html_table(['class', *head[2:]], rows, 1)
       yield _details(f'IoU of each class of {_words(task)}', table)
 
 
@@ -433,7 +468,7 @@ def _layer_table(layers):
     for layer in layers
   ]
   return _details(
-    'Layers as a table', _table(['layer', 'groups', 'alive', 'dead'], rows, 1)
+    'Layers as a table', html_table(['layer', 'groups', 'alive', 'dead'], rows, 1)
   )
 
 
@@ -442,7 +477,7 @@ def _settings(config):
     ('', [f'<code>{escape(name)}</code>', f'<code>{escape(value)}</code>'])
     for name, value in _flat(config)
   ]
-  return _details('The resolved configuration', _table(['field', 'value'], rows, 2))
+  return _details('The resolved configuration', html_table(['field', 'value'], rows, 2))
 
 
 def _flat(config, prefix=''):
@@ -453,7 +488,9 @@ def _flat(config, prefix=''):
       yield f'{prefix}{name}', json.dumps(value, ensure_ascii=False)
 
 
-def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], texts: int):
+def html_table(
+  head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], texts: int
+):
   """A table of HTML cells, after `texts` columns of words numbers; (class, cells)."""
   kind = lambda i: '' if i < texts else ' class="n"'
   line = lambda tag, cells: ''.join(

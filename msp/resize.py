@@ -35,14 +35,14 @@ def nearest(label: jax.Array, size: tuple[int, int]) -> jax.Array:
   by a whole factor, the upper left pixel of each cell, not the centre, is taken.
 
   Args:
-    label: shape (B, H, W).
+    label: shape (B, H, W, …).
     size: (h, w).
 
   Returns:
-    Shape (B, h, w), dtype of label.
+    Shape (B, h, w, …), dtype of label.
   """
   rows, columns = (
-    np.arange(m) * n // m for n, m in zip(label.shape[1:], size, strict=True)
+    np.arange(m) * n // m for n, m in zip(label.shape[1:3], size, strict=True)
   )
   return label[:, rows][:, :, columns]
 

@@ -14,6 +14,7 @@ from msp.errors import UserError
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 EDGE_LOSSES = {'huber': losses.huber_edges, 'balanced': losses.balanced_edges}
+DEPTH_LOSSES = {'squared': losses.squared_depth, 'combined': losses.combined_depth}
 
 
 class Task(NamedTuple):
@@ -36,7 +37,7 @@ class Task(NamedTuple):
   """The metric for early stopping and Δm."""
   higher_is_better: bool
   predict: Callable[[jax.Array, tuple[int, ...]], jax.Array]
-  """(logits, label.shape) -> class map (int32) or probability (float), label.shape."""
+  """(logits, label.shape) -> label.shape: class (int32), probability, depth, normal."""
 
 
 def make(
@@ -46,6 +47,7 @@ def make(
   loss_resolution: str = 'output',
   smoothing: float = 0.1,
   edge_loss: str = 'huber',
+  depth_loss: str = 'squared',
 ) -> dict[str, Task]:
   """The tasks of a run.
 
@@ -53,10 +55,11 @@ def make(
     names: which ones.
     labels: those of the data set: anything with `.kind` and `.classes`, by name.
     loss_resolution: where losses are taken. 'output': labels come down to the
-      logits (the published way); segmentation by `resize.nearest`, edges by
-      `resize.cell_max`. 'label': logits go up to the labels, bilinearly.
+      logits (the published way); edges by `resize.cell_max`, others by
+      `resize.nearest`. 'label': logits go up to the labels, bilinearly.
     smoothing: of the segmentation labels.
     edge_loss: 'huber' (published) | 'balanced'.
+    depth_loss: 'squared' (published) | 'combined'.
 
   Returns:
     Tasks by name, in the order of `names`.
@@ -66,6 +69,7 @@ def make(
   """
   _check('loss_resolution', loss_resolution, ('output', 'label'))
   _check('edge_loss', edge_loss, EDGE_LOSSES)
+  _check('depth_loss', depth_loss, DEPTH_LOSSES)
   if not names:
     raise UserError(f'no tasks given; this data set has: {", ".join(labels)}')
   tasks = {}
@@ -80,13 +84,14 @@ def make(
       at_label=loss_resolution == 'label',
       smoothing=smoothing,
       edge_loss=edge_loss,
+      depth_loss=depth_loss,
     )
   return tasks
 
 
 def _segmentation(name, classes, *, at_label, smoothing, **_):
   def predict(logits, shape):
-    logits = resize.bilinear(logits, shape[1:])
+    logits = resize.bilinear(logits, shape[1:3])
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
   cross_entropy = functools.partial(losses.cross_entropy, smoothing=smoothing)
@@ -118,7 +123,43 @@ def _edges(name, classes, *, at_label, edge_loss, **_):
     primary='f1',
     higher_is_better=True,
     predict=lambda logits, shape: jax.nn.sigmoid(
-      resize.bilinear(logits, shape[1:])[..., 0]
+      resize.bilinear(logits, shape[1:3])[..., 0]
+    ),
+  )
+
+
+def _depth(name, classes, *, at_label, depth_loss, **_):
+  return Task(
+    name,
+    'depth',
+    classes,
+    outputs=1,
+    head='dense',
+    loss=_at_one_resolution(DEPTH_LOSSES[depth_loss], resize.nearest, at_label),
+    update=metrics.depth_update,
+    compute=metrics.depth_compute,
+    primary='rmse',
+    higher_is_better=False,
+    predict=lambda logits, shape: (
+      losses.MAX_DEPTH * jax.nn.sigmoid(resize.bilinear(logits, shape[1:3])[..., 0])
+    ),
+  )
+
+
+def _normals(name, classes, *, at_label, **_):
+  return Task(
+    name,
+    'normals',
+    classes,
+    outputs=3,
+    head='dense',
+    loss=_at_one_resolution(losses.cosine_normals, resize.nearest, at_label),
+    update=metrics.normals_update,
+    compute=metrics.normals_compute,
+    primary='mean_angle',
+    higher_is_better=False,
+    predict=lambda logits, shape: losses.unit_normals(
+      resize.bilinear(logits, shape[1:3])
     ),
   )
 
@@ -139,13 +180,19 @@ def _attribute(name, classes, **_):
   )
 
 
-_KINDS = {'segmentation': _segmentation, 'edges': _edges, 'attribute': _attribute}
+_KINDS = {
+  'segmentation': _segmentation,
+  'edges': _edges,
+  'depth': _depth,
+  'normals': _normals,
+  'attribute': _attribute,
+}
 
 
 def _at_one_resolution(loss: Loss, shrink: Callable, at_label: bool) -> Loss:
   def resized(logits, label, valid):
     if at_label:
-      logits = resize.bilinear(logits, label.shape[1:])
+      logits = resize.bilinear(logits, label.shape[1:3])
     else:
       label = shrink(label, logits.shape[1:3])
     return loss(logits, label, valid)

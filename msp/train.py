@@ -88,6 +88,7 @@ def build(
     labels,
     loss_resolution=config.loss.resolution,
     edge_loss=config.loss.edges,
+    depth_loss=config.loss.depth,
   )
   unroll = config.meta.unroll
   unroll = jax.default_backend() == 'cpu' if unroll == 'auto' else unroll == 'yes'
@@ -131,7 +132,7 @@ def build(
     sparsity.granularity,
     multitask.streams(model),
   )
-  has_coefficient = sparsity.coefficient != 'none'
+  has_coefficient = sparsity.coefficient in ('fixed', 'learned')
   learned = sparsity.coefficient == 'learned'
   objective = _objective(config, model, shape, hold_out_images)
   differentiated = learned and objectives.differentiates(
@@ -235,7 +236,7 @@ def _objective(config, model, shape, hold_out_images):
 def _check(config):
   """The checks that need more than one field, or that no other module makes."""
   choices = {
-    'sparsity.coefficient': ('none', 'fixed', 'learned'),
+    'sparsity.coefficient': ('none', 'frozen', 'fixed', 'learned'),
     'sparsity.metric': ('adam', 'euclidean'),
     'sparsity.hypergradient': MODES,
     'sparsity.solver.name': SOLVERS,
@@ -255,6 +256,11 @@ def _check(config):
       f'and columns, of at least 16'
     )
   sparsity, inner_steps = config.sparsity, config.meta.inner_steps
+  if sparsity.coefficient == 'frozen' and not config.initial:
+    raise UserError(
+      'sparsity.coefficient=frozen keeps the dead groups of config.initial dead, and '
+      'that is empty; name a run there'
+    )
   if inner_steps < 0:
     raise UserError(f'meta.inner_steps is {inner_steps}; it has to be at least 0')
   if sparsity.coefficient == 'fixed' and sparsity.value <= 0:
@@ -337,7 +343,9 @@ def _check_fixed_point(config, params, inner):
 def _optimizer(entries, where, penalty, sparsity, groups, metric, differentiated):
   """The chain that `entries` name, with the prox last if there is a λ."""
   chain = transforms.build(entries, where, differentiated=differentiated)
-  if sparsity.coefficient == 'none':
+  if sparsity.coefficient == 'frozen':
+    chain = optax.chain(chain, transforms.freeze_dead(groups))
+  if sparsity.coefficient in ('none', 'frozen'):
     return optax.with_extra_args_support(chain)
   steps = [entry for entry in entries if 'learning_rate' in entry]
   if not steps:
@@ -415,7 +423,7 @@ def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
   source, prepared = folders(config)
   size = tuple(config.data.image_size)
   if config.data.procedural_images:
-    data.render_faces(source, config.data.procedural_images, size, 0)
+    data.render(config.data.name, source, config.data.procedural_images, size, 0)
   return data.prepare(
     config.data.name, source, prepared, size, skip_corrupt=skip_corrupt
   )
@@ -487,6 +495,43 @@ def train(
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   logger.info('peak memory of this process: %.1f GiB', peak)
   return report.path(workdir)
+
+
+def adapt(
+  config: ConfigDict,
+  workdir: Path,
+  devices: Sequence[jax.Device] | None = None,
+  *,
+  skip_corrupt: bool = False,
+) -> Path:
+  """Trains on from `config.initial` with at least one task that it does not have.
+
+  The backbone and the heads of tasks it has are taken over, the others begin fresh.
+  `sparsity.coefficient` says what becomes of its dead groups: 'frozen' keeps them dead,
+  'none' lets them come back, 'learned' and 'fixed' go on with a λ of their own.
+
+  Args: as `train`.
+
+  Returns:
+    Path of the report.
+
+  Raises:
+    UserError: as `train`; no new task; `config.initial` has no tasks.
+  """
+  known = initial_module.tasks(config.initial)
+  new = [task for task in config.tasks if task not in known]
+  if not new:
+    raise UserError(
+      f'initial={config.initial} has the tasks {", ".join(known)} already, and '
+      f'config.tasks names no other; to train it further use --mode train'
+    )
+  logger.info(
+    'adapting %s to %s; carried over: %s',
+    config.initial,
+    ', '.join(new),
+    ', '.join(task for task in config.tasks if task in known) or 'the backbone alone',
+  )
+  return train(config, workdir, devices, skip_corrupt=skip_corrupt)
 
 
 def _claim(workdir, run):
@@ -736,8 +781,14 @@ class Run(NamedTuple):
       # As many hold-out images as query images.
       share = c.train.batch_size // (2 if c.meta.inner_steps else 1)
       hold_out = stream(self.splits.hold_out, batch_size=share, seed=c.seed + 1)
+    train = stream(
+      self.splits.train,
+      batch_size=c.train.batch_size,
+      seed=c.seed,
+      missing=c.data.missing,
+    )
     return Feed(
-      stream(self.splits.train, batch_size=c.train.batch_size, seed=c.seed),
+      train,
       hold_out,
       c.meta.inner_steps,
       self.sharded,
@@ -819,6 +870,8 @@ def _open(config, devices, workdir, *, skip_corrupt=False) -> Run:
     folders(config)[1],
     tuple(config.data.image_size),
     config.data.hold_out,
+    train_share=config.data.train_share,
+    seed=config.seed,
   )
   hold_out_images = 1 if splits.hold_out is None else len(splits.hold_out)
   experiment = build(config, labels, hold_out_images, workdir)
@@ -932,8 +985,7 @@ def _finish(run, workdir, state, checkpoints, writer):
   predict = jax.jit(make_predict(run.experiment.model, tasks))
   params, stats = jax.device_get((state.params, state.batch_stats))
   predictions = jax.device_get(predict(params, stats, batch))
-  classes = {name: task.classes for name, task in tasks.items()}
-  workdir_module.write_predictions(workdir, batch, predictions, classes)
+  workdir_module.write_predictions(workdir, batch, predictions, tasks)
 
 
 class Monitor:

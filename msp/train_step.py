@@ -78,10 +78,12 @@ def task_losses(
 
 
 def label_mask(batch: Batch, task: str) -> jax.Array:
-  """Which examples of a batch carry this task's label; shape (B,), bool."""
-  valid = batch['valid']
-  missing = batch.get(f'{task}_valid')
-  return valid if missing is None else valid & missing
+  """Which examples count for this task, shape (B,), bool.
+
+  Of image-level labels 255 is none; pixels without a label are the losses' business.
+  """
+  valid, label = batch['valid'], batch[task]
+  return valid if label.ndim > 1 else valid & (label != losses.IGNORE)
 
 
 def make_train_step(

@@ -165,6 +165,32 @@ def adaptive_proximal(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+class FreezeDeadState(NamedTuple):
+  """State of `freeze_dead`."""
+
+  alive: dict[str, jax.Array]  # layer -> bool for each group
+
+
+def freeze_dead(groups: gr.Groups) -> optax.GradientTransformation:
+  """Keeps the groups that are exactly 0 at `init` at 0: the pattern is frozen.
+
+  u_g ← 0 for a dead group g, so p + u stays 0 there; all others pass through. The last
+  link of a chain, where `proximal` would stand.
+
+  Args:
+    groups: which leaves, and along which axis.
+  """
+
+  def init(params):
+    return FreezeDeadState(gr.alive(groups, params))
+
+  def update(updates, state, params=None):
+    del params
+    return gr.remove(groups, updates, state.alive), state
+
+  return optax.GradientTransformation(init, update)
+
+
 def _step_size(learning_rate, count):
   return learning_rate(count) if callable(learning_rate) else learning_rate
 

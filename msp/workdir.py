@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from msp import groups as gr
 from msp.errors import UserError
+from msp.tasks import Task
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
@@ -116,7 +117,7 @@ def write_predictions(
   workdir: Path,
   batch: Mapping[str, np.ndarray],
   predictions: Mapping[str, np.ndarray],
-  classes: Mapping[str, Sequence[str]],
+  tasks: Mapping[str, Task],
 ) -> None:
   """Writes predictions.npz: images, labels and predictions of a batch.
 
@@ -124,12 +125,13 @@ def write_predictions(
     workdir: of the run.
     batch: `image` (B, H, W, 3) in [0, 1], `valid` (B,), and each task's label.
     predictions: by task, as `Task.predict` gives them.
-    classes: names of each task's classes.
+    tasks: by name; their kinds and classes are written, too.
   """
   rows = batch['valid']
   arrays = {'image': np.round(batch['image'] * 255).astype(np.uint8)[rows]}
   for name, prediction in predictions.items():
     arrays[f'label/{name}'] = batch[name][rows]
     arrays[f'prediction/{name}'] = np.asarray(prediction)[rows]
-    arrays[f'classes/{name}'] = np.array(classes[name])
+    arrays[f'classes/{name}'] = np.array(tasks[name].classes)
+    arrays[f'kind/{name}'] = np.array(tasks[name].kind)
   write(workdir / 'predictions.npz', lambda f: np.savez(f, **arrays))

@@ -1,5 +1,7 @@
 """Batches: order, sharding, flips, resuming, padding."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -71,6 +73,90 @@ def test_hold_out_fraction_that_leaves_a_part_empty(prepared):
   for fraction in (0.001, 1.0):
     with pytest.raises(DataError, match='leaves one part empty'):
       data.open('celebamask_hq', prepared, SIZE, fraction)
+
+
+def test_smaller_shares_of_train_are_parts_of_larger_ones(prepared, splits):
+  def positions(share, **kwargs):
+    found = data.open(
+      'celebamask_hq', prepared, SIZE, 0.25, train_share=share, **kwargs
+    )
+    for part, other in zip(found[1:], splits[1:], strict=True):
+      np.testing.assert_array_equal(part.indices, other.indices)
+    return found.train.indices
+
+  shares = (1, 0.9, 0.5, 0.1, 1e-6)
+  found = [positions(share) for share in shares]
+  np.testing.assert_array_equal(found[0], splits.train.indices)
+  assert [len(f) for f in found] == [21, 19, 10, 2, 1]
+  for larger, smaller in itertools.pairwise(found):
+    assert set(smaller) < set(larger)
+    assert (np.diff(smaller) > 0).all()
+  np.testing.assert_array_equal(positions(0.5), found[2])
+  assert set(positions(0.5, seed=1)) != set(found[2])
+  for share in (0, -0.1, 1.1, float('nan')):
+    with pytest.raises(DataError, match='train share is'):
+      positions(share)
+
+
+def lacking(source, whole, batches):
+  """{(position, task)} where `batches` lack the label of `whole`; all else is same."""
+  found = []
+  for expected, batch in zip(whole, batches, strict=True):
+    assert batch.keys() == expected.keys()
+    for row, position in enumerate(identify(source, batch['image'])):
+      for key in batch:
+        value, label = batch[key][row], expected[key][row]
+        assert batch[key].dtype == expected[key].dtype
+        if not np.array_equal(value, label):
+          assert (value == 255).all()
+          found.append((position, key))
+  return found
+
+
+def test_missing_labels(splits):
+  batches = lambda seed=0, **kwargs: take(
+    iterator(splits.train, batch_size=21, seed=seed, **kwargs), 3
+  )
+  whole = batches()
+  found = {}
+  for share in (0.1, 0.5, 0.9):
+    lacks = lacking(splits.train, whole, batches(missing=share))
+    found[share] = set(lacks)
+    count = round(share * 21)
+    # The same in all three epochs, and one task of each image.
+    assert len(lacks) == 3 * count
+    assert len(found[share]) == len({position for position, _ in lacks}) == count
+  assert found[0.1] < found[0.5] < found[0.9]
+  assert {task for _, task in found[0.9]} == set(TASKS)
+  other = lacking(splits.train, batches(1), batches(1, missing=0.5))
+  assert set(other) != found[0.5]
+
+
+def test_missing_labels_do_not_depend_on_the_processes(splits):
+  settings = {'flip': True, 'missing': 0.5}
+  whole = take(iterator(splits.train, **settings), 5)
+  shares = [
+    take(iterator(splits.train, process_index=i, process_count=2, **settings), 5)
+    for i in range(2)
+  ]
+  for step, expected in enumerate(whole):
+    joined = [share[step] for share in shares]
+    same(expected, {key: np.concatenate([j[key] for j in joined]) for key in expected})
+
+
+def test_missing_labels_of_a_share_are_those_of_the_whole(splits, prepared):
+  half = data.open('celebamask_hq', prepared, SIZE, 0.25, train_share=0.5).train
+  assert len(half) == 10
+  batches = lambda **kwargs: take(iterator(half, batch_size=10, **kwargs), 1)
+  assert len(lacking(half, batches(), batches(missing=0.3))) == 3
+
+
+def test_missing_labels_that_cannot_be(splits):
+  for share in (-0.1, 1, float('nan')):
+    with pytest.raises(DataError, match='share of missing labels is'):
+      iterator(splits.train, missing=share)
+  with pytest.raises(DataError, match='male is the only task'):
+    iterator(splits.train, tasks=['male'], missing=0.1)
 
 
 def test_epochs_are_permutations_without_remainder(splits):

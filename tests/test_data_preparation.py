@@ -262,5 +262,30 @@ def test_unknown_data_set(tmp_path):
     lambda: data.prepare('mnist', tmp_path, tmp_path, SIZE),
     lambda: data.open('mnist', tmp_path, SIZE, 0),
   ):
-    with pytest.raises(DataError, match="'mnist', known: celebamask_hq, camvid"):
+    with pytest.raises(
+      DataError, match="'mnist', known: celebamask_hq, camvid, nyud_mt"
+    ):
       call()
+
+
+def test_rendering_by_name(tmp_path):
+  settings = (20, (16, 24), 0)
+  for name in ('celebamask_hq', 'nyud_mt'):
+    target = data.render(name, tmp_path / name, *settings, progress=False)
+    assert target == tmp_path / name
+    data.prepare(name, target, tmp_path, (16, 24), progress=False)
+    parts = data.open(name, tmp_path, (16, 24), 0.2)
+    assert sum(map(len, parts)) == 20
+    assert (
+      data.preparation.read_summary(
+        data.preparation.prepared_folder(name, tmp_path, (16, 24))
+      )['stand_in']['num']
+      == 20
+    )
+  for name, words in (
+    ('camvid', 'camvid has no procedural stand-in, only celebamask_hq, nyud_mt have'),
+    ('mnist', "unknown data set 'mnist'"),
+  ):
+    with pytest.raises(DataError, match=words):
+      data.render(name, tmp_path / 'c', *settings)
+  assert not (tmp_path / 'c').exists()

@@ -24,6 +24,8 @@ OPTIONS = {
   'celeba_multitask': ('fixed', 'procedural', 'tiny'),
   'camvid_meta': ('tiny',),
   'camvid_multitask': ('fixed', 'tiny'),
+  'nyud_meta': ('procedural', 'tiny'),
+  'nyud_multitask': ('fixed', 'procedural', 'tiny'),
 }
 
 
@@ -66,11 +68,18 @@ def test_without_the_data_set_it_says_what_to_do(tmp_path):
     (['{config}', '--config.trian.steps=3'], ["'trian'", "did you mean 'train'?"]),
     (['{config}', '--config.train.steps=abc'], ['config.train.steps=abc']),
     (['{config}:tinny'], ['unknown option tinny', 'known: procedural, tiny']),
+    (['{config}', '--mode=sweep'], ['is one run; --mode sweep takes a file of']),
+    (['{sweep}:nyu'], ['is a sweep; start it with --mode sweep']),
+    (
+      ['{sweep}', '--mode=sweep'],
+      ['a sweep needs one data set', 'nyu, celeba, camvid'],
+    ),
+    (['{config}', '--mode=adapt'], ['initial=(empty)', 'adapting needs the work dir']),
     (['nothing.py'], ['cannot read the file after --config', 'nothing.py']),
     (['nothing.py', '--config.seed=1'], ['cannot read', 'nothing.py']),
     (
       ['{config}', '--mode=trian'],
-      ['trian', 'train|evaluate|compact|export|report|prepare'],
+      ['trian', 'train|adapt|sweep|evaluate|compact|export|report|prepare'],
     ),
     (['{config}', '--wrokdir=x'], ["'wrokdir'"]),
     ([None], ['no --config']),
@@ -79,7 +88,9 @@ def test_without_the_data_set_it_says_what_to_do(tmp_path):
 def test_mistyped_arguments(tmp_path, arguments, expected):
   first, *rest = arguments
   if first is not None:
-    config = first.format(config=ROOT / 'configs/celeba_meta.py')
+    config = first.format(
+      config=ROOT / 'configs/celeba_meta.py', sweep=ROOT / 'configs/sweeps/transfer.py'
+    )
     rest = ['--config', config, *rest]
   code, messages = launch(tmp_path, *rest)
   line = last_line(code, messages)
@@ -139,6 +150,7 @@ MISTAKES = [
     {'meta.optimizer': [ConfigDict({'name': 'scale', 'step_size': -0.1})]},
     'meta.optimizer: no entry has a learning_rate',
   ),
+  ({'sparsity.coefficient': 'frozen'}, 'frozen keeps the dead groups of config.init'),
   ({'meta.inner_steps': 0}, 'needs meta.inner_steps of at least 1'),
   ({'meta.inner_steps': -1}, 'meta.inner_steps is -1'),
   ({'meta.episodes': 'some'}, "meta.episodes='some': expected all, full or a number"),

@@ -41,11 +41,32 @@ def binary(dtype=np.float64):
   return logits, np.array([1, 0, 1], np.int32), VALID
 
 
+def depths(dtype=np.float64):
+  rng = np.random.default_rng(8)
+  logits = rng.normal(size=(3, 6, 7, 1)).astype(dtype)
+  label = rng.uniform(0.5, 12, size=(3, 6, 7))
+  label[0, 1, 1] = label[2, 5] = 0
+  return logits, label.astype(np.float32), VALID
+
+
+def normal_maps(dtype=np.float64):
+  rng = np.random.default_rng(9)
+  logits = rng.normal(size=(3, 4, 5, 3)).astype(dtype)
+  label = rng.normal(size=(3, 4, 5, 3))
+  label[0, 0, 0] = 0, 0, -1  # no component above 0, and yet a normal
+  label /= np.linalg.norm(label, axis=-1, keepdims=True)
+  label[0, 1] = label[2, 2, 2] = 0
+  return logits, label.astype(np.float32), VALID
+
+
 CASES = {
   'cross_entropy': (losses.cross_entropy, functools.partial(dense, 4)),
   'binary': (losses.binary_cross_entropy, binary),
   'huber': (losses.huber_edges, edge_maps),
   'balanced': (losses.balanced_edges, edge_maps),
+  'squared_depth': (losses.squared_depth, depths),
+  'combined_depth': (losses.combined_depth, depths),
+  'normals': (losses.cosine_normals, normal_maps),
 }
 
 
@@ -81,6 +102,51 @@ def test_edge_losses():
   balanced = -(np.log(p[y == 1]).mean() + np.log(1 - p[y == 0]).mean()) / 2
   got = losses.balanced_edges(logits, label, valid)
   np.testing.assert_allclose(got, balanced, rtol=1e-12)
+
+
+def test_depth():
+  logits, label, valid = depths()
+  p, d = 1 / (1 + np.exp(-logits[..., 0])), label.astype(float) / 10
+  points, slopes = [], []
+  for b in np.flatnonzero(valid):
+    for i in range(6):
+      for j in range(7):
+        if d[b, i, j] > 0:
+          points.append(p[b, i, j] - d[b, i, j])
+        window = np.s_[b, i - 1 : i + 2, j - 1 : j + 2]
+        if 0 < i < 5 and 0 < j < 6 and (d[window] > 0).all():
+          x = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+          of = lambda m, w=window, x=x: np.array([(m[w] * x).sum(), (m[w] * x.T).sum()])
+          a, b_ = of(p), of(d)
+          normal = lambda g: np.array([*-g, 1]) / np.linalg.norm([*g, 1])
+          slopes.append(
+            np.log(1 + 2 * np.abs(a - b_)).sum() + 1 - normal(a) @ normal(b_)
+          )
+  got = losses.squared_depth(logits, label, valid)
+  np.testing.assert_allclose(got, np.square(points).mean(), rtol=1e-6)
+  want = np.log(1 + 2 * np.abs(points)).mean() + np.mean(slopes)
+  np.testing.assert_allclose(
+    losses.combined_depth(logits, label, valid), want, rtol=1e-6
+  )
+  # Perfect is 0: the ratio to a dense twin's loss is what `tolerance` bounds.
+  inside = np.where(label < 10, label, 0)
+  z = -np.log(10 / np.where(inside > 0, inside, 5) - 1)[..., None]
+  assert abs(losses.combined_depth(z, inside, valid)) < 1e-6
+
+
+def test_normals():
+  logits, label, valid = normal_maps()
+  angles = []
+  for b in np.flatnonzero(valid):
+    for z, n in zip(logits[b].reshape(-1, 3), label[b].reshape(-1, 3), strict=True):
+      if np.linalg.norm(n) > 0:
+        t = np.tanh(z)
+        angles.append(1 - t @ n / np.linalg.norm(t))
+  got = losses.cosine_normals(logits, label, valid)
+  np.testing.assert_allclose(got, np.mean(angles), rtol=1e-6)
+  assert len(angles) == 2 * 20 - 6
+  zeros = jax.grad(losses.cosine_normals)(jnp.zeros_like(logits), label, valid)
+  assert np.all(np.isfinite(zeros))
 
 
 @pytest.mark.parametrize(('loss', 'make'), CASES.values(), ids=CASES)

@@ -193,6 +193,73 @@ class Task(NamedTuple):
 TASKS = {'seg': Task('miou', True), 'depth': Task('rmse', False)}
 
 
+def depth_data():
+  rng = np.random.default_rng(5)
+  label = rng.uniform(0.4, 11, size=(N, H, W)).astype(np.float32)
+  label[:, 2:4] = 0
+  label[3] = 0  # an image without a measurement
+  z = np.log(label / np.maximum(10.5 - label, 0.1) + 1e-3)
+  logits = z + rng.normal(scale=0.3, size=z.shape)
+  return logits[..., None].astype(np.float32), label
+
+
+def test_depth():
+  logits, label = depth_data()
+  got = over_split(metrics.depth_update, metrics.depth_compute, logits, label)
+  mask = label > 0
+  p, d = (10 / (1 + np.exp(-logits[..., 0].astype(float))))[mask], label[mask]
+  want = {
+    'rmse': np.sqrt(np.mean((p - d) ** 2)),
+    'mae': np.mean(np.abs(p - d)),
+    'abs_rel': np.mean(np.abs(p - d) / d),
+    'delta_1.25': np.mean(np.maximum(p / d, d / p) < 1.25),
+    'images_without_label': 1,
+  }
+  assert got == pytest.approx(want, rel=1e-5)
+  assert 0.2 < got['delta_1.25'] < 0.95
+
+
+def normals_data():
+  rng = np.random.default_rng(6)
+  label = rng.normal(size=(N, H, W, 3))
+  label[0, 0, 0] = 0, 0, -1
+  label /= np.linalg.norm(label, axis=-1, keepdims=True)
+  logits = np.arctanh(0.9 * label) + rng.normal(scale=0.3, size=label.shape)
+  logits[1] = 0.1 * label[1]  # ties: exactly right
+  label[:, 5] = label[6] = 0
+  return logits.astype(np.float32), label.astype(np.float32)
+
+
+def test_normals():
+  logits, label = normals_data()
+  got = over_split(metrics.normals_update, metrics.normals_compute, logits, label)
+  mask = np.linalg.norm(label, axis=-1) > 0.5
+  t = np.tanh(logits[mask].astype(float))
+  cosine = (t * label[mask]).sum(-1) / np.linalg.norm(t, axis=-1)
+  angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+  want = {
+    'mean_angle': angle.mean(),
+    'rmse_angle': np.sqrt(np.mean(angle**2)),
+    **{f'within_{a:g}': np.mean(angle < a) for a in (11.25, 22.5, 30)},
+    'images_without_label': 1,
+  }
+  median = got.pop('median_angle')
+  assert got == pytest.approx(want, rel=1e-3)
+  assert median == pytest.approx(np.sort(angle)[(angle.size - 1) // 2], abs=0.051)
+
+
+@pytest.mark.parametrize('kind', ['depth', 'normals'])
+def test_a_split_without_any_measurement_has_no_metric(kind):
+  """Never NaN: what is not defined is left out."""
+  update, compute, data = {
+    'depth': (metrics.depth_update, metrics.depth_compute, depth_data),
+    'normals': (metrics.normals_update, metrics.normals_compute, normals_data),
+  }[kind]
+  logits, label = data()
+  assert compute([jax.device_get(update(logits, 0 * label, np.ones(N, bool)))]) == {}
+  assert compute([]) == {}
+
+
 def test_delta_m():
   baseline = {'seg/miou': 0.5, 'depth/rmse': 2.0, 'seg/pixel_accuracy': 0.1}
   results = {'seg/miou': 0.6, 'depth/rmse': 2.1, 'seg/pixel_accuracy': 0.9}

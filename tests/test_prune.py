@@ -43,7 +43,7 @@ def test_as_many_as_asked_for_survive(axis, criterion):
     scores = prune.score(
       groups, params, criterion, gradients=gradients, key=jax.random.key(1)
     )
-    pruned = prune.remove(groups, params, prune.keep_per_layer(scores, alive))
+    pruned = gr.remove(groups, params, prune.keep_per_layer(scores, alive))
     return pruned, gr.alive(groups, pruned), prune.keep_globally(scores, 0.6)
 
   pruned, left, keep = jax.device_get(run(params, gradients))
@@ -95,7 +95,7 @@ def test_the_lowest_scores_go():
   for group in (0, 3):
     keep = {name: jnp.ones_like(x, bool) for name, x in scores.items()}
     keep[layer] = keep[layer].at[group].set(False)
-    change = loss(params) - loss(prune.remove(groups, params, keep))
+    change = loss(params) - loss(gr.remove(groups, params, keep))
     np.testing.assert_allclose(scores[layer][group], change**2, rtol=1e-2)
 
 

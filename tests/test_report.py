@@ -93,7 +93,7 @@ def group_masks(layers, kind):
   }
 
 
-def panels(classes=3, num=8, shape=(24, 32), attributes=TASKS[2:], named=True):
+def panels(classes=3, num=8, shape=(24, 32), attributes=TASKS[2:]):
   rng = np.random.default_rng(2)
   label = np.sort(rng.integers(0, classes, size=(num, *shape)), axis=1)
   edges = (np.diff(label, axis=1, prepend=0) != 0).astype(np.float32)
@@ -107,8 +107,17 @@ def panels(classes=3, num=8, shape=(24, 32), attributes=TASKS[2:], named=True):
   for name in attributes:
     arrays[f'label/{name}'] = rng.integers(0, 2, num).astype(np.int32)
     arrays[f'prediction/{name}'] = rng.random(num).astype(np.float32)
-  if named:
-    arrays['classes/segmentation'] = np.array([f'part {i}' for i in range(classes)])
+  distance = rng.uniform(0, 9, size=(num, *shape)).astype(np.float32)
+  normals = np.zeros((num, *shape, 3), np.float32)
+  normals[:, 4:, :, 2] = 1
+  for name, x in (('depth', distance), ('normals', normals)):
+    arrays |= {f'label/{name}': x, f'prediction/{name}': x}
+  for key in [key for key in arrays if key.startswith('label/')]:
+    name = key.removeprefix('label/')
+    known = name in ('segmentation', 'edges', 'depth', 'normals')
+    number = classes if name == 'segmentation' else 1
+    arrays[f'classes/{name}'] = np.array([f'part {i}' for i in range(number)])
+    arrays[f'kind/{name}'] = np.array(name if known else 'attribute')
   return arrays
 
 
@@ -256,7 +265,7 @@ def test_last_and_best_state(tmp_path):
 
 @pytest.mark.parametrize('classes', [19, 40])
 def test_many_classes_without_attributes(tmp_path, classes):
-  make_run(tmp_path, classes=classes, num=2, attributes=(), named=classes == 19)
+  make_run(tmp_path, classes=classes, num=2, attributes=())
   text = check(tmp_path, EVERY)
   assert 'Edges: white on black' in text
   assert 'Badges' not in text

@@ -22,6 +22,8 @@ LABELS = {
   'segmentation': Label('segmentation', ('background', 'hair', 'skin')),
   'edges': Label('edges', ('edge',)),
   'smiling': Label('attribute', ('no', 'yes')),
+  'depth': Label('depth', ('depth',)),
+  'normals': Label('normals', ('normal',)),
   'height': Label('surface', ('metres',)),
 }
 VALID = np.array([True, True, False])
@@ -36,22 +38,29 @@ def batch(kind, seed=0):
   if kind == 'edges':
     label = rng.choice([-1.0, 0.0, 1.0], p=[0.3, 0.69, 0.01], size=(B, H, W))
     return normal(B, *LOW, 1), label.astype(np.float32)
+  if kind == 'depth':
+    label = rng.choice([0.0, 1.0, 2.5, 9.0], size=(B, H, W))
+    return normal(B, *LOW, 1), label.astype(np.float32)
+  if kind == 'normals':
+    label = normal(B, H, W, 3)
+    return normal(B, *LOW, 3), label / np.linalg.norm(label, axis=-1, keepdims=True)
   label = rng.integers(0, 4, (B, H, W)).astype(np.int32)
   label[label == 3] = 255
   return normal(B, *LOW, 3), label
 
 
-@pytest.fixture(params=['segmentation', 'edges', 'smiling'])
+@pytest.fixture(params=['segmentation', 'edges', 'depth', 'normals', 'smiling'])
 def name(request):
   return request.param
 
 
 def test_fields(name):
-  made = tasks.make(['smiling', 'edges', 'segmentation'], LABELS)
-  assert list(made) == ['smiling', 'edges', 'segmentation']
+  names = ['smiling', 'edges', 'normals', 'depth', 'segmentation']
+  made = tasks.make(names, LABELS)
+  assert list(made) == names
   task = made[name]
   assert (task.name, task.kind) == (name, LABELS[name].kind)
-  outputs = {'segmentation': 3, 'edges': 1, 'smiling': 1}[name]
+  outputs = 3 if name in ('segmentation', 'normals') else 1
   head = 'classification' if name == 'smiling' else 'dense'
   assert (task.outputs, task.head) == (outputs, head)
 
@@ -63,8 +72,9 @@ def test_update_and_compute_give_the_primary_metric(name):
     logits, label = batch(task.kind, seed)
     updates.append(jax.device_get(jax.jit(task.update)(logits, label, VALID)))
   result = task.compute(updates)
-  assert 0 <= result[task.primary] <= 1
-  assert task.higher_is_better
+  worst = {'depth': 10, 'normals': 180}.get(name, 1)
+  assert 0 <= result[task.primary] <= worst
+  assert task.higher_is_better == (worst == 1)
 
 
 def test_loss_at_output_resolution_brings_labels_down():
@@ -79,6 +89,15 @@ def test_loss_at_output_resolution_brings_labels_down():
   for edge_loss, function in tasks.EDGE_LOSSES.items():
     task = tasks.make(['edges'], LABELS, edge_loss=edge_loss)['edges']
     want = function(logits, cells, VALID)
+    np.testing.assert_allclose(task.loss(logits, label, VALID), want, rtol=1e-6)
+
+  for name, function in (
+    ('depth', losses.squared_depth),
+    ('normals', losses.cosine_normals),
+  ):
+    logits, label = batch(name)
+    want = function(logits, label[:, ::8, ::8], VALID)
+    task = tasks.make([name], LABELS)[name]
     np.testing.assert_allclose(task.loss(logits, label, VALID), want, rtol=1e-6)
 
 
@@ -106,8 +125,12 @@ def test_predictions_have_the_shape_of_the_label(name):
     update = metrics.segmentation_update(logits, label, VALID)
     keep = (label != 255) & VALID[:, None, None]
     np.testing.assert_array_equal(update['predicted'], np.bincount(got[keep]))
+  elif task.kind == 'normals':
+    np.testing.assert_allclose(np.linalg.norm(got, axis=-1), 1, atol=1e-5)
   else:
     assert got.dtype == np.float32
+    if task.kind == 'depth':
+      got = got / 10
     assert 0 < got.min() < got.max() < 1
     if task.kind == 'attribute':
       np.testing.assert_allclose(got, 1 / (1 + np.exp(-logits[:, 0])), rtol=1e-6)
@@ -132,6 +155,7 @@ def test_gradient_of_a_loss_reaches_the_logits_through_jit(name):
     (['edges', 'edges'], {}, r"task 'edges' is listed twice"),
     (['edges'], {'loss_resolution': 'lable'}, r"did you mean 'label'\?"),
     (['edges'], {'edge_loss': 'focal'}, r'known: huber, balanced'),
+    (['depth'], {'depth_loss': 'berhu'}, r'known: squared, combined'),
   ],
 )
 def test_mistakes_get_one_line(names, options, message):

@@ -409,3 +409,33 @@ def test_a_step_too_large_for_a_concave_penalty_is_refused(name, options):
     msp.proximal(kind, groups, 0.2)
   with pytest.raises(UserError, match='too concave'):
     msp.proximal(kind, groups, optax.cosine_decay_schedule(0.2, 10))
+
+
+@pytest.mark.parametrize('axis', ['in', 'out', 'weight'])
+def test_a_frozen_pattern_stays_and_the_rest_trains_as_without(axis):
+  params = make_params()
+  groups = gr.find(params, axis=axis)
+  keep = {
+    layer: jnp.arange(mask.size).reshape(mask.shape) % 2 == 0
+    for layer, mask in gr.alive(groups, params).items()
+  }
+  params = gr.remove(groups, params, keep)
+  plain = optax.adamw(0.1, weight_decay=0.1)
+  frozen = optax.chain(plain, transforms.freeze_dead(groups))
+
+  def trained(tx):
+    def body(carry, _):
+      p, state = carry
+      updates, state = tx.update(GRADS, state, p)
+      return (optax.apply_updates(p, updates), state), None
+
+    return jax.lax.scan(body, (params, tx.init(params)), length=5)[0][0]
+
+  free, held = trained(plain), trained(frozen)
+  alive = gr.alive(groups, held)
+  for layer, mask in keep.items():
+    np.testing.assert_array_equal(alive[layer], mask)
+  assert all(mask.all() for mask in gr.alive(groups, free).values())
+  # Updates are made leaf by leaf, so nothing else may differ.
+  wanted = gr.remove(groups, free, keep)
+  jax.tree.map(np.testing.assert_array_equal, held, wanted)

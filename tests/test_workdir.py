@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from data import Label
 from msp import groups as gr
 from msp import workdir
 from msp.errors import UserError
+from msp.tasks import make
 
 
 def config(**kwargs):
@@ -90,7 +92,8 @@ def test_predictions_leave_padding_out(tmp_path):
     'x': np.array([1, 0, 1], np.int32),
   }
   predictions = {'x': np.array([0.25, 0.5, 0.75], np.float32)}
-  workdir.write_predictions(tmp_path, batch, predictions, {'x': ('no', 'yes')})
+  tasks = make(['x'], {'x': Label('attribute', ('no', 'yes'))})
+  workdir.write_predictions(tmp_path, batch, predictions, tasks)
   with np.load(tmp_path / 'predictions.npz') as saved:
     assert saved['image'].shape == (2, 2, 2, 3)
     assert saved['image'].dtype == np.uint8
@@ -98,3 +101,4 @@ def test_predictions_leave_padding_out(tmp_path):
     np.testing.assert_array_equal(saved['label/x'], [1, 0])
     np.testing.assert_array_equal(saved['prediction/x'], [0.25, 0.5])
     np.testing.assert_array_equal(saved['classes/x'], ['no', 'yes'])
+    assert str(saved['kind/x']) == 'attribute'

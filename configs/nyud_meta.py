@@ -1,0 +1,26 @@
+"""Meta-Sparsity (arXiv 2501.12115) on NYU-v2: λ is learned.
+
+Full size (one accelerator or more):
+  python launch.py --config configs/nyud_meta.py --config.data.source=/path/to/NYUD_MT
+On the procedural stand-in, small (2 CPU cores):
+  python launch.py --config configs/nyud_meta.py:procedural,tiny
+Variation: four tasks, two episodes drawn a step:
+  ... --config.tasks="('segmentation','depth','normals','edges')" \
+      --config.meta.episodes=2
+Variation: half of the images, a fifth of those without the label of one task:
+  ... --config.data.train_share=0.5 --config.data.missing=0.2
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """Options: 'procedural' (rendered rooms) and 'tiny' (minutes on a CPU)."""
+  given = common.options(arg, ('procedural', 'tiny'))
+  config = common.nyud()
+  config.name = common.name('nyud_meta', given)
+  common.learn_coefficient(config)
+  common.apply(config, given)
+  return config

@@ -1,0 +1,165 @@
+"""What all sweeps share: their fields, and the data sets they can be run on."""
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from configs import (
+  camvid_meta,
+  camvid_multitask,
+  celeba_meta,
+  celeba_multitask,
+  common,
+  nyud_meta,
+  nyud_multitask,
+)
+
+LEARNED = {
+  'sparsity.coefficient': 'learned',
+  'sparsity.objective': 'tolerance',
+  'data.hold_out': 0.2,
+}
+NO_COEFFICIENT = {'sparsity.coefficient': 'none', 'data.hold_out': 0.0}
+
+
+def fixed(value: float) -> dict[str, Any]:
+  """Changes that fix λ."""
+  return NO_COEFFICIENT | {'sparsity.coefficient': 'fixed', 'sparsity.value': value}
+
+
+def budget(target: float) -> dict[str, Any]:
+  """Changes that lead λ to a share of dead groups."""
+  return {
+    'sparsity.coefficient': 'learned',
+    'sparsity.objective': 'budget',
+    'sparsity.target': target,
+    'data.hold_out': 0.0,
+  }
+
+
+class DataSet(NamedTuple):
+  """Configurations of a data set, and what its experiments are about."""
+
+  multitask: ModuleType
+  meta: ModuleType
+  tasks: tuple[str, ...]
+  tiny_tasks: tuple[str, ...]  # those that can be learned from little
+  fourth: str  # the task that joins last
+  unseen: str  # the task to adapt to
+  fixed: float  # the published λ
+  tiny_fixed: float  # a λ that kills about half of the groups in a `:tiny` run
+
+
+DATA_SETS = {
+  'nyu': DataSet(
+    nyud_multitask,
+    nyud_meta,
+    ('segmentation', 'depth', 'normals'),
+    ('segmentation', 'depth', 'normals'),
+    'edges',
+    'edges',
+    1e-6,
+    5e-3,
+  ),
+  'celeba': DataSet(
+    celeba_multitask,
+    celeba_meta,
+    ('segmentation', 'male', 'smiling'),
+    ('segmentation', 'male', 'eyeglasses'),
+    'arched_eyebrows',
+    'segmentation',
+    1e-5,
+    5e-3,
+  ),
+  'camvid': DataSet(
+    camvid_multitask,
+    camvid_meta,
+    ('segmentation', 'edges', 'presence_bicyclist'),
+    ('segmentation', 'edges', 'presence_bicyclist'),
+    'presence_fence',
+    'edges',
+    1e-5,
+    5e-3,
+  ),
+}
+
+
+class Setting(NamedTuple):
+  """What the option of a sweep file says."""
+
+  name: str  # of the data set
+  data: DataSet
+  argument: str  # for its configurations
+  tasks: tuple[str, ...]
+  fixed: float
+
+  def multitask(self) -> ConfigDict:
+    """A fresh configuration without inner steps: dense."""
+    return self.data.multitask.get_config(self.argument)
+
+  def meta(self) -> ConfigDict:
+    """A fresh configuration with inner steps and a learned λ."""
+    return self.data.meta.get_config(self.argument)
+
+
+def parse(arg: str) -> Setting:
+  """Reads 'nyu,procedural,tiny': a data set, and options of its configurations."""
+  parts = [part for part in (arg or '').split(',') if part]
+  names = [part for part in parts if part in DATA_SETS]
+  if len(names) != 1:
+    raise ValueError(
+      f'a sweep needs one data set after the colon, such as :nyu; known: '
+      f'{", ".join(DATA_SETS)}'
+    )
+  argument = ','.join(part for part in parts if part not in names)
+  chosen = DATA_SETS[names[0]]
+  tiny = 'tiny' in parts
+  return Setting(
+    names[0],
+    chosen,
+    argument,
+    chosen.tiny_tasks if tiny else chosen.tasks,
+    chosen.tiny_fixed if tiny else chosen.fixed,
+  )
+
+
+def new(stem: str, arg: str) -> ConfigDict:
+  """A sweep without runs; see `add`."""
+  sweep = ConfigDict()
+  sweep.name = common.name(stem, {part for part in arg.split(',') if part})
+  sweep.seeds = (0, 1, 2)
+  sweep.source = ''  # folder of the published files, instead of the configurations' own
+  sweep.steps = 0  # of every run, instead of its own number
+  sweep.runs = []  # see `add`
+  sweep.baselines = ConfigDict()  # task -> the run Δm compares it with
+  sweep.target = ConfigDict({'task': '', 'run': ''})  # how soon others are as good
+  return sweep
+
+
+def add(
+  sweep: ConfigDict,
+  name: str,
+  config: ConfigDict,
+  *changes: dict[str, Any],
+  start: str = '',
+  adapt: bool = False,
+) -> None:
+  """Adds a run.
+
+  Args:
+    sweep: from `new`.
+    name: of the run.
+    config: from a `get_config`, not shared with another run.
+    *changes: field, such as 'train.steps' -> its value.
+    start: run of the same sweep whose final weights it begins with.
+    adapt: whether it adapts `start` to new tasks (`--mode adapt`).
+
+  Raises:
+    KeyError, TypeError: a change of no field, or of another type.
+  """
+  config.lock()  # or a mistyped field would be a new one
+  for change in changes:
+    config.update_from_flattened_dict(change)
+  entry = {'name': name, 'config': config, 'start': start, 'adapt': adapt}
+  sweep.runs.append(ConfigDict(entry))

@@ -1,0 +1,40 @@
+"""Meta-Sparsity (arXiv 2501.12115): learned λ beside everything it is compared with.
+
+  python launch.py --mode sweep --config configs/sweeps/meta_sparsity.py:nyu
+  ... meta_sparsity.py:celeba
+On a stand-in or on CamVid, small (2 CPU cores, about 3 minutes a run, 11 runs a seed):
+  ... meta_sparsity.py:nyu,procedural,tiny
+  ... meta_sparsity.py:camvid,tiny --config.source=/path/to/CamVid
+"""
+
+from ml_collections import ConfigDict
+
+from configs.sweeps import base
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """Options: nyu, celeba or camvid; then those of the data set's configurations."""
+  sweep = base.new('meta_sparsity', arg)
+  given = base.parse(arg)
+  everything = {'tasks': given.tasks}
+  for task in given.tasks:
+    base.add(sweep, f'{task} alone', given.multitask(), {'tasks': (task,)})
+    sweep.baselines[task] = f'{task} alone'
+  no_inner, inner = given.multitask, given.meta
+  for name, config, changes in (
+    ('multi-task', no_inner, {}),
+    ('multi-task, fixed λ', no_inner, base.fixed(given.fixed)),
+    ('multi-task, 70 % dead', no_inner, base.budget(0.7)),
+    ('meta', inner, base.NO_COEFFICIENT),
+    ('meta, fixed λ', inner, base.fixed(given.fixed)),
+    ('meta, learned λ', inner, {}),
+    ('meta, 70 % dead', inner, base.budget(0.7)),
+    # Single weights instead of channels.
+    (
+      'meta, learned λ, l1',
+      inner,
+      {'sparsity.penalty': 'l1', 'sparsity.axis': 'weight'},
+    ),
+  ):
+    base.add(sweep, name, config(), everything, changes)
+  return sweep

@@ -1,0 +1,48 @@
+"""The generic learning network (arXiv 2111.12146): multi-task x meta x transfer.
+
+  python launch.py --mode sweep --config configs/sweeps/transfer.py:nyu
+  ... transfer.py:nyu,sparse
+On stand-ins, small (2 CPU cores, about 2 minutes a run, 12 runs a seed):
+  ... transfer.py:nyu,procedural,tiny
+
+The eight corners on one data set; a backbone that is transferred has learned another
+one first (faces for rooms, NYU-v2 for faces, rooms for CamVid) in the same way: single-
+or multi-task, with or without inner steps. 'sparse': λ is learned in all of them.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.sweeps import base
+
+FROM = {'nyu': 'celeba', 'celeba': 'nyu', 'camvid': 'nyu'}
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """Options: nyu, celeba or camvid; sparse; then those of the configurations."""
+  sweep = base.new('transfer', arg)
+  parts = [part for part in arg.split(',') if part != 'sparse']
+  target = base.parse(','.join(parts))
+  # CamVid has no stand-in, its source has.
+  stand_in = ['procedural'] if target.name == 'camvid' else []
+  options = [part for part in parts if part != target.name] + stand_in
+  source = base.parse(','.join([FROM[target.name], *dict.fromkeys(options)]))
+  corners = [(multi, meta) for multi in (False, True) for meta in (False, True)]
+
+  def add(setting, prefix, multi, meta, start=''):
+    words = 'multi-task' if multi else 'single-task', 'meta' if meta else ''
+    name = ', '.join(filter(None, (prefix, *words)))
+    tasks = setting.tasks if multi else setting.tasks[:1]
+    changes = base.LEARNED if 'sparse' in arg.split(',') else base.NO_COEFFICIENT
+    config = setting.meta() if meta else setting.multitask()
+    base.add(sweep, name, config, {'tasks': tasks}, changes, start=start)
+    return name
+
+  for multi, meta in corners:
+    start = add(source, f'source {source.name}', multi, meta)
+    for transferred in (False, True):
+      prefix = 'transferred' if transferred else 'from scratch'
+      add(target, prefix, multi, meta, start=start if transferred else '')
+  first = target.tasks[0]
+  sweep.baselines[first] = 'from scratch, single-task'
+  sweep.target.update(task=first, run='from scratch, single-task')
+  return sweep

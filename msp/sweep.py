@@ -1,0 +1,434 @@
+"""Many runs as one experiment: trains what is missing, ends with one table of all."""
+
+import copy
+import csv
+import functools
+import io
+import json
+import logging
+import re
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import data
+from msp import figures, report, train, writer
+from msp import tasks as task_module
+from msp import workdir as workdir_module
+from msp.errors import UserError
+from msp.metrics import delta_m
+
+logger = logging.getLogger(__name__)
+
+Tasks = Mapping[str, task_module.Task]
+
+
+class Result(NamedTuple):
+  """What is known of one finished run."""
+
+  config: ConfigDict
+  tasks: Tasks
+  rows: Sequence[Mapping[str, Any]]  # of metrics.jsonl
+  layers: Mapping[str, float]  # share of alive groups; empty without groups.json
+
+  @property
+  def test(self) -> Mapping[str, float]:
+    """The test metrics of the last state."""
+    return next(row for row in self.rows if row['split'] == 'test')
+
+  def series(self, split: str, name: str) -> tuple[np.ndarray, ...]:
+    """Steps and values of a quantity; see `figures.series`."""
+    return figures.series([r for r in self.rows if r['split'] == split], name)
+
+
+Results = Mapping[str, Mapping[int, Result]]  # run -> seed -> result
+Failures = Mapping[tuple[str, int], str]  # (run, seed) -> reason
+
+
+def run(sweep: ConfigDict, workdir: Path) -> Path:
+  """Trains what is missing of a sweep, one run after another, and tables them all.
+
+  A run of name N and seed s is an ordinary work directory, `workdir`/<N>/<s>. All runs
+  of the first seed come first. One that fails is told of and the others go on, except
+  those that start from it; the same command tries it again.
+
+  Args:
+    sweep: see `configs.common.sweep`.
+    workdir: of the sweep; gets table.md, table.csv and report/.
+
+  Returns:
+    Path of the page with table and figures.
+
+  Raises:
+    UserError: an impossible sweep; or runs have failed, after all is written.
+  """
+  check(sweep)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(f'cannot make work directory {workdir}: {e.strerror}') from None
+  # Runs that differ in numbers only share their compiled programs.
+  jax.config.update('jax_compilation_cache_dir', str(workdir / 'compiled'))
+  results: dict[str, dict[int, Result]] = {}
+  failures: dict[tuple[str, int], str] = {}
+  runs = {entry.name: entry for entry in sweep.runs}
+  plan = [(seed, name) for seed in sweep.seeds for name in runs]
+  for number, (seed, name) in enumerate(plan, 1):
+    logger.info('run %d of %d: %s, seed %d', number, len(plan), name, seed)
+    try:
+      results.setdefault(name, {})[seed] = _run(
+        sweep, runs[name], seed, workdir, failures
+      )
+    except Exception as e:  # whatever one run dies of, the others have to go on
+      failures[name, seed] = _failure(e, folder(workdir, name, seed))
+      logger.warning('%s, seed %d failed: %s', name, seed, failures[name, seed])
+    # Kept programs of finished runs would fill the memory.
+    jax.clear_caches()
+    finished = {n: results[n] for n in runs if results.get(n)}
+    if finished:
+      page = write(sweep, finished, failures, workdir)
+  if failures:
+    listed = '; '.join(f'{n}, seed {s}: {why}' for (n, s), why in failures.items())
+    where = f'; the others are in {page}' if finished else ''
+    raise UserError(f'{len(failures)} of {len(plan)} runs failed: {listed}{where}')
+  return page
+
+
+def check(sweep: ConfigDict) -> None:
+  """Raises UserError on a sweep that cannot be run as it stands."""
+  names = [entry.name for entry in sweep.runs]
+  if not names or not sweep.seeds:
+    raise UserError(f'sweep {sweep.name} has no {"seeds" if names else "runs"}')
+  if len({_slug(name) for name in names}) < len(names):
+    raise UserError(f'two runs of sweep {sweep.name} would have one work directory')
+  for position, entry in enumerate(sweep.runs):
+    start = entry.start
+    if start and start not in names[:position]:
+      raise UserError(
+        f'run {entry.name!r} of sweep {sweep.name} starts from {start!r}, which '
+        f'is not a run before it'
+      )
+  others = list(sweep.baselines.items())
+  if sweep.target.run:
+    others.append((sweep.target.task, sweep.target.run))
+  for task, name in others:
+    if name not in names:
+      raise UserError(
+        f'sweep {sweep.name}: {name!r}, named for {task}, is no run of it'
+      )
+    if task not in sweep.runs[names.index(name)].config.tasks:
+      raise UserError(f'sweep {sweep.name}: {name!r} has no task {task}')
+
+
+def folder(workdir: Path, name: str, seed: int) -> Path:
+  """The work directory of one run of a sweep."""
+  return workdir / _slug(name) / str(seed)
+
+
+def _slug(name):
+  return re.sub(r'[^\w.%+-]+', '_', name)
+
+
+def configuration(
+  sweep: ConfigDict, entry: ConfigDict, seed: int, workdir: Path
+) -> ConfigDict:
+  """The complete configuration of one run, `entry` of `sweep.runs`."""
+  config = copy.deepcopy(entry.config)
+  config.seed = seed
+  config.name = f'{sweep.name}: {entry.name}'
+  if sweep.steps:
+    config.train.steps = sweep.steps
+    config.train.evaluate_every = min(config.train.evaluate_every, sweep.steps)
+  if sweep.source and not config.data.procedural_images:
+    config.data.source = sweep.source
+  if entry.start:
+    config.initial = str(folder(workdir, entry.start, seed))
+  return config
+
+
+def _run(sweep, entry, seed, workdir, failures) -> Result:
+  """The result of one run, which is trained if need be."""
+  if (entry.start, seed) in failures:
+    raise UserError(f'it starts from {entry.start}, which failed')
+  config = configuration(sweep, entry, seed, workdir)
+  place = folder(workdir, entry.name, seed)
+  workdir_module.check(place, config)  # old rows are of the same configuration
+  log = place / writer.METRICS
+  rows = writer.read(log) if log.exists() else []
+  if not any(row['split'] == 'test' for row in rows):
+    (train.adapt if entry.adapt else train.train)(config, place)
+    rows = writer.read(log)
+  try:
+    layers = json.loads((place / 'groups.json').read_text())['layers']
+  except FileNotFoundError:  # groups of single weights
+    layers = []
+  return Result(
+    config,
+    task_module.make(config.tasks, data.labels(config.data.name)),
+    rows,
+    {layer['name']: float(np.mean(layer['alive'])) for layer in layers},
+  )
+
+
+def _failure(error, place):
+  """The reason in a line; what nobody foresaw leaves its traceback in a file."""
+  if isinstance(error, UserError | data.DataError | FloatingPointError):
+    return str(error)
+  place.mkdir(parents=True, exist_ok=True)
+  text = ''.join(traceback.format_exception(error))
+  workdir_module.write(place / 'error.txt', lambda f: f.write(text.encode()))
+  line = ' '.join(str(error).split())[:200]
+  return f'{type(error).__name__}: {line} (see {place / "error.txt"})'
+
+
+class Column(NamedTuple):
+  """A column of the table: its title, and how many digits it deserves."""
+
+  title: str
+  digits: int = 3
+
+
+def table(
+  sweep: ConfigDict, results: Results
+) -> tuple[list[Column], dict[str, list[list[float]]]]:
+  """The numbers of a sweep.
+
+  Test metrics of the last state: the primary one of every task, Δm against the runs in
+  `sweep.baselines` of the same seed, dead groups, λ/λ_max at the end, and how fast
+  the target was reached on the validation split.
+
+  Args:
+    sweep: the sweep.
+    results: of the runs that have finished.
+
+  Returns:
+    Columns, and run -> for each of them the values of the seeds that have one.
+  """
+  tasks = {n: t for seeds in results.values() for r in seeds.values()
+           for n, t in r.tasks.items()}  # fmt: skip
+  columns = [
+    Column(f'{name}/{task.primary} {"↑" if task.higher_is_better else "↓"}')
+    for name, task in tasks.items()
+  ]
+  read = [
+    lambda r, _, key=f'{name}/{task.primary}': r.test.get(key)
+    for name, task in tasks.items()
+  ]
+  if sweep.baselines:
+    columns.append(Column('Δm %', 2))
+    read.append(functools.partial(_delta_m, sweep, results))
+  columns += [Column('dead groups %', 1), Column('λ/λ_max')]
+  read += [lambda r, _: 100 * r.test['group_sparsity'], _relative]
+  if sweep.target.run:
+    task = tasks[sweep.target.task]
+    first = min(
+      int(r.series('val', 'loss')[0][0])
+      for seeds in results.values()
+      for r in seeds.values()
+    )
+    columns += [
+      Column(f'{task.name}/{task.primary}, val, step {first}'),
+      Column(f'steps to {sweep.target.run}', 0),
+    ]
+    read += [
+      lambda r, _, key=f'{task.name}/{task.primary}': _at(r, key, first),
+      functools.partial(_steps_to_target, sweep, results),
+    ]
+  cells = {}
+  for name, seeds in results.items():
+    values = [[f(r, seed) for seed, r in seeds.items()] for f in read]
+    cells[name] = [[v for v in column if v is not None] for column in values]
+  return columns, cells
+
+
+def _relative(result, _):
+  values = result.series('train', 'lambda_relative')[1]
+  return float(values[-1]) if values.size else None
+
+
+def _delta_m(sweep, results, result, seed):
+  """None without a baseline for every task, or for one that is its own."""
+  baseline = {}
+  for name, task in result.tasks.items():
+    other = results.get(sweep.baselines.get(name, ''), {}).get(seed)
+    if other is None:
+      return None
+    key = f'{name}/{task.primary}'
+    baseline[key] = other.test.get(key)
+  if None in baseline.values():
+    return None
+  try:
+    return delta_m(result.test, baseline, result.tasks)
+  except UserError:  # a metric that this run lacks, or a baseline of 0
+    return None
+
+
+def _at(result, key, step):
+  steps, values = result.series('val', key)
+  return float(values[steps == step][0]) if (steps == step).any() else None
+
+
+def _steps_to_target(sweep, results, result, seed):
+  """First evaluation as good as the target run's last one; None if there is none."""
+  target = results.get(sweep.target.run, {}).get(seed)
+  task = result.tasks.get(sweep.target.task)
+  if target is None or task is None:
+    return None
+  key = f'{task.name}/{task.primary}'
+  wanted = target.series('val', key)[1]
+  steps, values = result.series('val', key)
+  if not wanted.size:
+    return None
+  sign = 1 if task.higher_is_better else -1
+  reached = steps[sign * values >= sign * wanted[-1]]
+  return float(reached[0]) if reached.size else None
+
+
+def _spread(values, digits, seeds):
+  """'0.512 ± 0.010', and of how many seeds if not of all."""
+  if not values:
+    return '–'
+  deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+  text = f'{np.mean(values):.{digits}f}'
+  if len(values) > 1:
+    text += f' ± {deviation:.{digits}f}'
+  return text if len(values) == seeds else f'{text} ({len(values)} of {seeds})'
+
+
+def _lines(columns, cells, results) -> Iterator[list[str]]:
+  """The table as text: a head, and a line for each run."""
+  yield ['run', 'seeds', *(column.title for column in columns)]
+  for name, values in cells.items():
+    seeds = len(results[name])
+    spreads = [
+      _spread(v, column.digits, seeds)
+      for v, column in zip(values, columns, strict=True)
+    ]
+    yield [name, str(seeds), *spreads]
+
+
+def write(
+  sweep: ConfigDict, results: Results, failures: Failures, workdir: Path
+) -> Path:
+  """Writes table.md, table.csv and the page with the figures.
+
+  Args:
+    sweep: the sweep.
+    results: of the runs that have finished.
+    failures: of those that have not.
+    workdir: of the sweep.
+
+  Returns:
+    Path of the page.
+  """
+  columns, cells = table(sweep, results)
+  lines = list(_lines(columns, cells, results))
+  text = [f'| {" | ".join(line)} |' for line in lines]
+  text.insert(1, '|---' * len(lines[0]) + '|')
+  text += ['', 'Test split, mean ± standard deviation over seeds.']
+  text += [f'\nFailed: {n}, seed {s}: {why}' for (n, s), why in failures.items()]
+  content = '\n'.join(text) + '\n'
+  workdir_module.write(workdir / 'table.md', lambda f: f.write(content.encode()))
+  sheet = io.StringIO()
+  rows = csv.writer(sheet)
+  titles = [f'{c.title} {what}' for c in columns for what in ('mean', 'std', 'n')]
+  rows.writerow(['run', *titles])
+  for name, values in cells.items():
+    statistics = [
+      x
+      for v in values
+      for x in (
+        (np.mean(v), np.std(v, ddof=1) if len(v) > 1 else '', len(v))
+        if v
+        else ('', '', 0)
+      )
+    ]
+    rows.writerow([name, *statistics])
+  workdir_module.write(
+    workdir / 'table.csv', lambda f: f.write(sheet.getvalue().encode())
+  )
+  return _write_page(sweep, results, failures, workdir, columns, cells, lines)
+
+
+def _write_page(sweep, results, failures, workdir, columns, cells, lines):
+  first = next(iter(next(iter(results.values())).values()))
+  stand_in = any(
+    r.config.data.procedural_images
+    for seeds in results.values()
+    for r in seeds.values()
+  )
+  notes = (
+    '<p class="note"><b>Not real data.</b> Some or all pictures and labels were drawn '
+    'by this program, as a stand-in.</p>'
+    if stand_in
+    else ''
+  )
+  for (name, seed), why in failures.items():
+    notes += (
+      f'<p class="note"><b>Failed:</b> {escape(name)}, seed {seed}: {escape(why)}</p>'
+    )
+
+  def body(figure):
+    rows = [('', [escape(cell) for cell in line]) for line in lines[1:]]
+    yield f'<div class="card">{report.html_table(lines[0], rows, 1)}</div>'
+    yield figure(
+      'results',
+      figures.comparison([column.title for column in columns], cells),
+      'Test split, last state. A dot is a seed, the line their mean.',
+    )
+    learned = {
+      name: [r.series('train', 'lambda_relative') for r in seeds.values()]
+      for name, seeds in results.items()
+      if any('lambda_relative' in row for r in seeds.values() for row in r.rows)
+    }
+    if learned:
+      yield figure(
+        'coefficient',
+        figures.trajectories(learned, 'λ / λ$_{max}$', log=True),
+        'The coefficient over time, a line for each seed.',
+      )
+    keys = {
+      f'{n}/{t.primary}': None for s in results.values() for r in s.values()
+      for n, t in r.tasks.items()
+    }  # fmt: skip
+    for key in keys:
+      curves = {
+        name: [r.series('val', key) for r in seeds.values()]
+        for name, seeds in results.items()
+        if any(key in row for r in seeds.values() for row in r.rows)
+      }
+      yield figure(
+        f'progress_{_slug(key)}',
+        figures.trajectories(curves, f'{key}, validation'),
+        f'{escape(key)} on the validation split over time, a line for each seed.',
+      )
+    shares = {
+      name: {
+        layer: float(np.mean([r.layers[layer] for r in seeds.values()]))
+        for layer in next(iter(seeds.values())).layers
+      }
+      for name, seeds in results.items()
+    }
+    if any(share < 1 for layers in shares.values() for share in layers.values()):
+      yield figure(
+        'patterns',
+        figures.patterns({name: shares[name] for name in shares if shares[name]}),
+        'Share of alive groups in every layer, mean over seeds: dark all, white none.',
+      )
+
+  done = sum(len(seeds) for seeds in results.values())
+  return report.write_page(
+    report.path(workdir),
+    body,
+    title=sweep.name,
+    about=f'{escape(first.config.data.name)} · {len(results)} runs · '
+    f'seeds {", ".join(map(str, sweep.seeds))}',
+    notes=notes,
+    lead=f'{done} of {len(sweep.runs) * len(sweep.seeds)} trainings finished.',
+  )

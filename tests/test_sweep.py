@@ -1,0 +1,225 @@
+"""Sweeps: what is run, resumed and skipped, and the table, from invented logs."""
+
+import csv
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.sweeps import base
+from data import DataError
+from msp import sweep, train, workdir
+from msp.errors import UserError
+
+FILES = ('less_is_more', 'meta_sparsity', 'missing_labels', 'transfer', 'unseen_tasks')
+OPTIONS = (
+  'nyu', 'celeba', 'camvid', 'nyu,procedural,tiny', 'celeba,procedural,tiny',
+  'camvid,tiny',
+)  # fmt: skip
+SCORES = {  # (run, seed) -> test mIoU, and mIoU on val over time
+  ('alone', 0): (0.50, (0.1, 0.3, 0.5)),
+  ('alone', 1): (0.40, (0.1, 0.2, 0.4)),
+  ('sparse', 0): (0.55, (0.2, 0.5, 0.6)),
+  ('sparse', 1): (0.30, (0.1, 0.1, 0.3)),
+}
+
+
+def make(**changes):
+  """Two runs and two seeds on rendered faces."""
+  made = base.new('trial', '')
+  made.seeds = (0, 1)
+  config = lambda: base.DATA_SETS['celeba'].multitask.get_config('procedural,tiny')
+  one = {'tasks': ('segmentation',)}
+  base.add(made, 'alone', config(), one)
+  base.add(made, 'sparse', config(), one, base.fixed(0.1), start='alone')
+  made.baselines.segmentation = 'alone'
+  made.target.update(task='segmentation', run='alone')
+  made.update_from_flattened_dict(changes)
+  return made
+
+
+def write_log(folder, name, seed):
+  """What a finished run leaves, as far as a sweep reads it."""
+  final, over_time = SCORES[name, seed]
+  rows = [{'split': 'train', 'step': 5, 'loss': 1.0}]
+  if name == 'sparse':
+    rows[0]['lambda_relative'] = 0.25
+  for i, value in enumerate(over_time, 1):
+    row = {'split': 'val', 'step': 20 * i, 'loss': 1.0, 'segmentation/miou': value}
+    rows.append(row)
+  test = {'split': 'test', 'step': 60, 'loss': 1.0, 'segmentation/miou': final}
+  rows.append(test | {'group_sparsity': 0.5 if name == 'sparse' else 0.0})
+  lines = ''.join(json.dumps(row) + '\n' for row in rows)
+  (folder / 'metrics.jsonl').write_text(lines)
+  layers = [{'name': 'layer1_0/conv1', 'alive': [1, 1, 0, name != 'sparse']}]
+  (folder / 'groups.json').write_text(json.dumps({'layers': layers}))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+  """Training is replaced by writing a log; lists what was trained, may fail."""
+  calls, failing = [], {}
+
+  def pretend(config, folder):
+    key = config.name.partition(': ')[2], config.seed
+    calls.append((*key, config.initial))
+    workdir.claim(folder, config)
+    if key in failing:
+      raise failing[key]
+    write_log(folder, *key)
+
+  monkeypatch.setattr(train, 'train', pretend)
+  return calls, failing
+
+
+def cells(path):
+  with path.open() as file:
+    return {row['run']: row for row in csv.DictReader(file)}
+
+
+def test_the_table(tmp_path, trained):
+  page = sweep.run(make(), tmp_path)
+  assert page == tmp_path / 'report' / 'index.html'
+  text = (tmp_path / 'table.md').read_text()
+  head, rule, alone, sparse = text.splitlines()[:4]
+  assert head.startswith('| run | seeds | segmentation/miou ↑ | Δm % | dead groups % |')
+  assert rule == '|---' * head.count(' |') + '|'
+  assert alone.startswith('| alone | 2 | 0.450 ± 0.071 | 0.00 ± 0.00 | 0.0 ± 0.0 | – |')
+  # +10 % and −25 % of the same seed's baseline.
+  assert sparse.startswith(
+    '| sparse | 2 | 0.425 ± 0.177 | -7.50 ± 24.75 | 50.0 ± 0.0 |'
+  )
+  # Seed 0 is at step 40 where its target ends at 60; seed 1 never is.
+  assert sparse.endswith('| 0.250 ± 0.000 | 0.150 ± 0.071 | 40 (1 of 2) |')
+  assert alone.endswith('| 0.100 ± 0.000 | 60 ± 0 |')
+  row = cells(tmp_path / 'table.csv')['sparse']
+  assert float(row['Δm % mean']) == pytest.approx(-7.5)
+  assert float(row['segmentation/miou ↑ std']) == pytest.approx(0.25 / np.sqrt(2))
+  html = page.read_text()
+  assert 'Not real data' in html
+  names = {path.stem for path in page.parent.glob('*.png')}
+  assert names == {
+    'results', 'coefficient', 'progress_segmentation_miou', 'patterns'
+  }  # fmt: skip
+
+
+def test_only_what_is_missing_is_trained(tmp_path, trained):
+  calls, failing = trained
+  first = sweep.folder(tmp_path, 'alone', 0)
+  failing['alone', 1] = DataError('no such folder')
+  failing['sparse', 0] = ValueError('what is\nthis?')
+  with pytest.raises(UserError, match=r'^3 of 4 runs failed: ') as caught:
+    sweep.run(make(), tmp_path)
+  message = str(caught.value)
+  assert '\n' not in message
+  assert 'alone, seed 1: no such folder' in message
+  assert 'sparse, seed 1: it starts from alone, which failed' in message
+  assert 'sparse, seed 0: ValueError: what is this? (see' in message
+  error = sweep.folder(tmp_path, 'sparse', 0) / 'error.txt'
+  assert 'Traceback' in error.read_text()
+  assert 'no such folder' in (tmp_path / 'table.md').read_text()
+  assert calls == [
+    ('alone', 0, ''), ('sparse', 0, str(first)), ('alone', 1, '')
+  ]  # fmt: skip
+
+  failing.clear()
+  calls.clear()
+  sweep.run(make(), tmp_path)
+  assert calls[:2] == [('sparse', 0, str(first)), ('alone', 1, '')]
+  assert len(calls) == 3
+  assert 'Failed' not in (tmp_path / 'table.md').read_text()
+  calls.clear()
+  sweep.run(make(), tmp_path)
+  assert calls == []
+
+
+def test_other_settings_do_not_pass_for_the_old_ones(tmp_path, trained):
+  sweep.run(make(), tmp_path)
+  with pytest.raises(
+    UserError, match=r'4 of 4 runs failed.*train.steps was 420, now 9'
+  ):
+    sweep.run(make(steps=9), tmp_path)
+
+
+def test_settings_of_all_runs(tmp_path):
+  made = make(steps=7)
+  entry = made.runs[0]
+  config = sweep.configuration(made, entry, 5, tmp_path)
+  assert (config.train.steps, config.train.evaluate_every, config.seed) == (7, 7, 5)
+  assert config.optimizer[0].learning_rate.decay_steps == 7
+  assert entry.config.train.steps == 420  # the sweep's own stays as it is
+  assert config.data.source == 'datasets/procedural_faces'
+  made = base.new('real', '')
+  base.add(made, 'a', base.DATA_SETS['camvid'].multitask.get_config('tiny'))
+  made.source = '/elsewhere'
+  config = sweep.configuration(made, made.runs[0], 0, tmp_path)
+  assert config.data.source == '/elsewhere'
+
+
+def change(made, i, **values):
+  made.runs[i].update(values)
+
+
+@pytest.mark.parametrize(
+  ('spoil', 'message'),
+  [
+    (lambda s: s.update(seeds=()), 'trial has no seeds'),
+    (lambda s: s.runs.clear(), 'trial has no runs'),
+    (lambda s: change(s, 0, start='sparse'), "starts from 'sparse'.* not a run before"),
+    (lambda s: change(s, 1, name='alone'), 'two runs .* one work directory'),
+    (lambda s: s.baselines.update(segmentation='x'), "'x', named for segmentation"),
+    (lambda s: s.target.update(task='male'), "'alone' has no task male"),
+  ],
+)
+def test_impossible_sweeps(tmp_path, spoil, message):
+  made = make()
+  spoil(made)
+  with pytest.raises(UserError, match=message):
+    sweep.run(made, tmp_path / 'new')
+  assert not (tmp_path / 'new').exists()
+
+
+def test_a_change_of_no_field_is_refused():
+  config = base.DATA_SETS['celeba'].multitask.get_config('tiny')
+  with pytest.raises(KeyError, match='stepz'):
+    base.add(base.new('x', ''), 'a', config, {'train.stepz': 3})
+  with pytest.raises(ValueError, match=r'needs one data set.*nyu, celeba, camvid'):
+    base.parse('procedural')
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_every_sweep_is_possible(file):
+  module = importlib.import_module(f'configs.sweeps.{file}')
+  for option in OPTIONS:
+    made = module.get_config(option)
+    sweep.check(made)
+    for entry in made.runs:
+      config = sweep.configuration(made, entry, 0, Path('w'))
+      config.initial = ''
+      if config.sparsity.coefficient == 'frozen':
+        config.sparsity.coefficient = 'none'
+      train._check(config)
+
+
+def test_the_sweeps_are_those_of_the_papers():
+  runs = lambda file, option: {
+    entry.name: entry.config
+    for entry in importlib.import_module(f'configs.sweeps.{file}')
+    .get_config(option)
+    .runs
+  }
+  nyu = runs('less_is_more', 'nyu')
+  sets = {entry.tasks for entry in nyu.values()}
+  assert len(sets) == 3 + 3 + 1 + 1
+  grid = [c.sparsity.value for name, c in nyu.items() if name.startswith('grid')]
+  assert grid == [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
+  corners = runs('transfer', 'nyu')
+  target = [c for n, c in corners.items() if c.data.name == 'nyud_mt']
+  assert len(target) == 8
+  assert {c.meta.inner_steps > 0 for c in target} == {True, False}
+  missing = {c.data.missing for c in runs('missing_labels', 'nyu').values()}
+  assert missing == {0.0, 0.1, 0.2, 0.5}
+  shares = {c.data.train_share for c in runs('unseen_tasks', 'nyu').values()}
+  assert shares == {1.0, 0.5, 0.1}
