@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
       )
     if _MODE.value == 'prepare':
       path = train.prepare(config, skip_corrupt=_SKIP_CORRUPT.value)
-      print(f'prepared: {path}')
+      print(f'prepared: {path}\nlook at it: {train.contact_sheet(config)}')
     elif _MODE.value == 'report':
       print(f'report: {report.write(workdir)}')
     elif _MODE.value == 'compact':

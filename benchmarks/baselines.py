@@ -22,7 +22,7 @@ import jax
 
 import data
 from benchmarks import learned_lambda
-from msp import compact, prune, train
+from msp import compact, prune, sweep, train
 from msp import groups as gr
 from msp import tasks as task_module
 from msp.checkpoint import Checkpoints
@@ -97,21 +97,27 @@ def tune(config, source, steps, workdir):
   # From a quarter of the step size that training began with, down to nothing.
   rate = config.optimizer[0].learning_rate
   rate.init_value, rate.decay_steps = rate.init_value / 4, steps
-  return learned_lambda.run(config, workdir)
+  return sweep.trained(config, workdir)
+
+
+def runs_of(arguments):
+  """The two runs that everything begins with."""
+  names = ['dense', arguments.learned]
+  return learned_lambda.make(
+    arguments.data_set, names, arguments.seeds, arguments.source, arguments.steps
+  )
 
 
 def one_seed(arguments, seed):
   """Name -> (test metrics, backbone FLOPs relative to dense), of one seed."""
-  out = lambda name: arguments.out / name.replace(' ', '_') / str(seed)
+  out = lambda name: sweep.folder(arguments.out, name, seed)
   test = lambda rows: next(row for row in rows if row['split'] == 'test')
   results, trained = {}, {}
-  for name in ('dense', arguments.learned):
-    config = learned_lambda.configuration(
-      arguments.data_set, arguments.source, name, seed, arguments.steps
-    )
+  for entry in runs_of(arguments).runs:
+    config = sweep.configuration(runs_of(arguments), entry, seed, arguments.out)
     config.update_from_flattened_dict(SAME_IMAGES)
-    results[name] = test(learned_lambda.run(config, out(name))), None
-    trained[name] = Network(config, out(name))
+    results[entry.name] = test(sweep.trained(config, out(entry.name))), None
+    trained[entry.name] = Network(config, out(entry.name))
   dense, learned = trained['dense'], trained[arguments.learned]
   whole, small = dense.compacted(dense.params), learned.compacted(learned.params)
   networks = {'dense, tuned': whole, 'learned, tuned': small}
@@ -150,26 +156,26 @@ def table(results, tasks):
   for name in next(iter(results.values())):
     found = [by_name[name] for by_name in results.values()]
     work = [ratio for _, ratio in found if ratio is not None]
-    cells = [name, learned_lambda.spread(work) if work else '–']
+    cells = [name, sweep.spread(work) if work else '–']
     for key in (*primaries, 'loss'):
-      cells.append(learned_lambda.spread([metrics[key] for metrics, _ in found]))
+      cells.append(sweep.spread([metrics[key] for metrics, _ in found]))
     against = [by_name['dense, tuned'][0] for by_name in results.values()]
     pairs = zip(found, against, strict=True)
-    cells.append(learned_lambda.spread([delta_m(m, d, tasks) for (m, _), d in pairs]))
+    cells.append(sweep.spread([delta_m(m, d, tasks) for (m, _), d in pairs]))
     lines.append(f'| {" | ".join(cells)} |')
   return '\n'.join(lines) + '\n'
 
 
 def main():
   arguments = learned_lambda.arguments_of(__doc__, learned='budget 0.7', tune=140)
-  if arguments.learned not in learned_lambda.ROWS:
-    sys.exit(f'error: unknown row {arguments.learned!r}')
+  # Runs that differ in numbers only share their compiled programs.
+  jax.config.update('jax_compilation_cache_dir', str(arguments.out / 'compiled'))
   results = {}
   try:
+    config = runs_of(arguments).runs[0].config
+    tasks = task_module.make(config.tasks, data.labels(config.data.name))
     for seed in range(arguments.seeds):
       results[seed] = one_seed(arguments, seed)
-      config = learned_lambda.configuration(arguments.data_set, '', 'dense', 0, 0)
-      tasks = task_module.make(config.tasks, data.labels(config.data.name))
       text = table(results, tasks)
       (arguments.out / 'table.md').write_text(text)
   except (UserError, data.DataError) as e:

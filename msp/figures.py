@@ -62,7 +62,7 @@ class TaskPanel(NamedTuple):
 
   name: str
   label: np.ndarray
-  prediction: np.ndarray
+  prediction: np.ndarray | None  # None: nobody has been asked
   classes: Sequence[str]
   kind: str  # as `msp.tasks.Task.kind`
 
@@ -84,7 +84,7 @@ def predictions(image: np.ndarray, tasks: Sequence[TaskPanel]) -> Figure:
 
   Args:
     image: shape (N, H, W, 3), uint8.
-    tasks: what was asked and answered.
+    tasks: what was asked and answered; without an answer, labels alone.
   """
   attributes = [task for task in tasks if task.kind == 'attribute']
   dense = [task for task in tasks if task.kind != 'attribute']
@@ -100,8 +100,8 @@ def predictions(image: np.ndarray, tasks: Sequence[TaskPanel]) -> Figure:
   heights = [tall]
   if attributes:
     heights.append(badge * len(attributes) + 0.05)
-  for legend in legends:
-    heights += [tall, tall, legend]
+  for task, legend in zip(dense, legends, strict=True):
+    heights += [tall] * len(_parts(task)) + [legend]
   # A fixed grid, not constrained layout: pictures must touch their neighbours.
   figure = Figure(figsize=(WIDTH, sum(heights)))
   grid = figure.add_gridspec(
@@ -140,7 +140,7 @@ def predictions(image: np.ndarray, tasks: Sequence[TaskPanel]) -> Figure:
   at = 2 if attributes else 1
   for task, occurring in zip(dense, shown, strict=True):
     paint = _PAINT[task.kind]
-    for part, maps in (('label', task.label), ('prediction', task.prediction)):
+    for part, maps in _parts(task).items():
       painted = [paint(m, p, task.classes) for m, p in zip(maps, image, strict=True)]
       pictures(at, words(task.name).replace(' ', '\n') + f'\n{part}', painted)
       at += 1
@@ -442,10 +442,16 @@ def class_colors(classes: Sequence[str]) -> list[tuple[float, float, float]]:
   ]
 
 
+def _parts(task):
+  """The maps of a task by name: label, and prediction if there is one."""
+  parts = {'label': task.label, 'prediction': task.prediction}
+  return {name: maps for name, maps in parts.items() if maps is not None}
+
+
 def _occurring(task):
   """Indices of the classes in a task's labels or predictions."""
-  both = np.union1d(task.label, task.prediction)
-  return [int(i) for i in both if 0 <= i < len(task.classes)]
+  found = np.unique(np.concatenate([maps.ravel() for maps in _parts(task).values()]))
+  return [int(i) for i in found if 0 <= i < len(task.classes)]
 
 
 def _overlay(class_map, image, classes):
@@ -483,16 +489,20 @@ _PAINT = {
 
 def _badge(axes, y, task, n, size):
   """'name .97 ✓' in a box: blue if right, orange if wrong, grey if unlabelled."""
-  probability, label = float(task.prediction[n]), int(task.label[n])
-  if label not in (0, 1):
+  label = int(task.label[n])
+  known = label in (0, 1)
+  answer = '' if task.prediction is None else f'{float(task.prediction[n]):.2f} '
+  if not known:
     color, mark = FAINT, '?'
-  elif (probability >= 0.5) == bool(label):
+  elif not answer:
+    color, mark = (BLUE if label else FAINT), task.classes[label]
+  elif (task.prediction[n] >= 0.5) == bool(label):
     color, mark = BLUE, '✓'
   else:
     color, mark = ORANGE, '✗'
   axes.add_patch(Rectangle((0, y - 0.43), 1, 0.86, color=color, linewidth=0))
   axes.text(0.05, y, words(task.name), color='white', fontsize=size, va='center')
-  text = f'{probability:.2f} {mark}'
+  text = answer + mark
   axes.text(0.95, y, text, color='white', fontsize=size, va='center', ha='right')
 
 

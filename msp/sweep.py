@@ -158,12 +158,7 @@ def _run(sweep, entry, seed, workdir, failures) -> Result:
     raise UserError(f'it starts from {entry.start}, which failed')
   config = configuration(sweep, entry, seed, workdir)
   place = folder(workdir, entry.name, seed)
-  workdir_module.check(place, config)  # old rows are of the same configuration
-  log = place / writer.METRICS
-  rows = writer.read(log) if log.exists() else []
-  if not any(row['split'] == 'test' for row in rows):
-    (train.adapt if entry.adapt else train.train)(config, place)
-    rows = writer.read(log)
+  rows = trained(config, place, adapt=entry.adapt)
   try:
     layers = json.loads((place / 'groups.json').read_text())['layers']
   except FileNotFoundError:  # groups of single weights
@@ -174,6 +169,22 @@ def _run(sweep, entry, seed, workdir, failures) -> Result:
     rows,
     {layer['name']: float(np.mean(layer['alive'])) for layer in layers},
   )
+
+
+def trained(config: ConfigDict, workdir: Path, *, adapt: bool = False) -> list[dict]:
+  """The log of a run, which is trained first if it has not been to its end.
+
+  Raises:
+    UserError, data.DataError, FloatingPointError: as `train.train`; `workdir` belongs
+      to another configuration.
+  """
+  workdir_module.check(workdir, config)  # old rows are of the same configuration
+  log = workdir / writer.METRICS
+  rows = writer.read(log) if log.exists() else []
+  if not any(row['split'] == 'test' for row in rows):
+    (train.adapt if adapt else train.train)(config, workdir)
+    rows = writer.read(log)
+  return rows
 
 
 def _failure(error, place):
@@ -290,15 +301,21 @@ def _steps_to_target(sweep, results, result, seed):
   return float(reached[0]) if reached.size else None
 
 
-def _spread(values, digits, seeds):
-  """'0.512 ± 0.010', and of how many seeds if not of all."""
-  if not values:
+def spread(values: Sequence[float], digits: int = 3) -> str:
+  """'0.512 ± 0.010', mean and standard deviation; '–' of nothing."""
+  if not len(values):
     return '–'
-  deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
   text = f'{np.mean(values):.{digits}f}'
   if len(values) > 1:
-    text += f' ± {deviation:.{digits}f}'
-  return text if len(values) == seeds else f'{text} ({len(values)} of {seeds})'
+    text += f' ± {np.std(values, ddof=1):.{digits}f}'
+  return text
+
+
+def _cell(values, digits, seeds):
+  """The spread, and of how many seeds if not of all."""
+  text = spread(values, digits)
+  few = 0 < len(values) < seeds
+  return f'{text} ({len(values)} of {seeds})' if few else text
 
 
 def _lines(columns, cells, results) -> Iterator[list[str]]:
@@ -307,8 +324,7 @@ def _lines(columns, cells, results) -> Iterator[list[str]]:
   for name, values in cells.items():
     seeds = len(results[name])
     spreads = [
-      _spread(v, column.digits, seeds)
-      for v, column in zip(values, columns, strict=True)
+      _cell(v, column.digits, seeds) for v, column in zip(values, columns, strict=True)
     ]
     yield [name, str(seeds), *spreads]
 

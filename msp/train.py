@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -23,6 +24,7 @@ from msp import (
   compact,
   episodes,
   export,
+  figures,
   losses,
   measure,
   objectives,
@@ -427,6 +429,39 @@ def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
   return data.prepare(
     config.data.name, source, prepared, size, skip_corrupt=skip_corrupt
   )
+
+
+def contact_sheet(config: ConfigDict) -> Path:
+  """Draws the first training batch, flips included, as the network gets it.
+
+  Args:
+    config: of a run whose data set is prepared.
+
+  Returns:
+    Path of the picture, beside the prepared data set: each image with its labels.
+  """
+  size = tuple(config.data.image_size)
+  tasks = task_module.make(config.tasks, data.labels(config.data.name))
+  splits = data.open(config.data.name, folders(config)[1], size, 0.0)
+  stream = data.train_iterator(
+    splits.train,
+    config.tasks,
+    batch_size=min(PANELS, len(splits.train)),
+    seed=config.seed,
+    flip=config.data.flip,
+    missing=config.data.missing,
+  )
+  batch = next(stream)
+  panels = [
+    figures.TaskPanel(name, batch[name], None, task.classes, task.kind)
+    for name, task in tasks.items()
+  ]
+  image = np.round(batch['image'] * 255).astype(np.uint8)
+  path = folders(config)[1] / f'{config.data.name}_{size[0]}x{size[1]}.png'
+  with matplotlib.rc_context(figures.STYLE):
+    drawn = figures.predictions(image, panels)
+    workdir_module.write(path, lambda f: drawn.savefig(f, format='png'))
+  return path
 
 
 def folders(config):

@@ -28,10 +28,12 @@ class Label(NamedTuple):
 def network():
   """Tasks of every kind, and a function that predicts them."""
   made = tasks.make(
-    ('parts', 'edges', 'smiling'),
+    ('parts', 'edges', 'depth', 'normals', 'smiling'),
     {
       'parts': Label('segmentation', ('background', 'hair', 'skin')),
       'edges': Label('edges', ('edge',)),
+      'depth': Label('depth', ('depth',)),
+      'normals': Label('normals', ('x', 'y', 'z')),
       'smiling': Label('attribute', ('no', 'yes')),
     },
   )
@@ -132,6 +134,13 @@ def test_a_folder_of_pictures(network, exported, tmp_path, caplog):
   with Image.open(target / '17.png.edges.png') as image:
     difference = np.asarray(image) / 255 - wanted['edges'][0]
     assert np.abs(difference).max() < 0.6 / 255
+  with Image.open(target / '17.png.depth.png') as image:
+    millimetres = np.asarray(image)
+    assert millimetres.max() > 255
+    assert np.abs(millimetres - 1000 * wanted['depth'][0]).max() <= 0.6
+  with Image.open(target / '17.png.normals.png') as image:
+    difference = np.asarray(image) / 127.5 - 1 - wanted['normals'][0]
+    assert np.abs(difference).max() < 0.6 / 127.5
   with Image.open(target / 'large.png.parts.png') as image:
     assert image.size == (50, 40)
   with (target / 'attributes.csv').open() as file:

@@ -536,6 +536,37 @@ def test_a_process_killed_at_a_random_moment_goes_on_exactly(faces, tmp_path):
   same_run(one, other)
 
 
+def test_adapting_to_an_unseen_task_with_a_frozen_pattern(faces, tmp_path):
+  c = config(faces, **{'meta.inner_steps': 0, 'train.steps': 2, 'data.hold_out': 0.0})
+  c.sparsity.coefficient = 'none'
+  c.data.missing = 0.25
+  model = train.build(c, data.labels(c.data.name)).model
+  params, stats = jax.device_get(multitask.init(model, jax.random.key(0), (16, 16, 3)))
+  kernel = np.array(params['backbone']['layer2_0']['conv1']['kernel'])
+  kernel[..., ::2, :] = 0
+  params['backbone']['layer2_0']['conv1']['kernel'] = kernel
+  compact.write(tmp_path / 'start', compact.Compact(model, params, stats))
+  c.initial = str(tmp_path / 'start')
+  with pytest.raises(UserError, match='has the tasks male, smiling already'):
+    train.adapt(c, tmp_path / 'none')
+  assert not (tmp_path / 'none').exists()
+  c.tasks = ('male', 'smiling', 'eyeglasses')
+  for coefficient, alive in (
+    ('frozen', kernel.shape[2] // 2),
+    ('none', kernel.shape[2]),
+  ):
+    c.sparsity.coefficient = coefficient
+    folder = tmp_path / coefficient
+    train.adapt(c, folder, devices=jax.devices()[:1])
+    last = rows(folder)[-1]
+    assert last['alive_groups']['layer2_0/conv1'] == alive
+    assert 'eyeglasses/accuracy' in last
+  # A run is as good a start as what was made of one, and has its tasks.
+  c.initial = str(tmp_path / 'frozen')
+  with pytest.raises(UserError, match='has the tasks male, smiling, eyeglasses'):
+    train.adapt(c, tmp_path / 'none')
+
+
 @pytest.mark.slow
 def test_training_goes_on_from_a_compact_network_and_from_that_run(faces, tmp_path):
   c = config(faces, **{'meta.inner_steps': 0, 'train.steps': 1})

@@ -23,7 +23,7 @@ from msp.hypergradient import Solver, online, zero_tangent
 from msp.models import multitask
 from msp.objectives import Objective, make_twin
 from msp.train_state import TrainState
-from msp.train_step import Combination, make_train_step
+from msp.train_step import Combination, make_train_step, task_losses
 
 SIZE = (16, 16)
 INNER_RATE, OUTER_RATE, RHO_RATE = 0.1, 0.01, 0.5
@@ -780,3 +780,23 @@ def test_a_budget_moves_a_vector_of_coefficients_by_the_hold_out_loss_too():
   np.testing.assert_allclose(jnp.mean(moved_by), (0.6 - gone) / 0.05, rtol=1e-6)
   h = metrics['hypergradient']
   assert (moved_by[0] - moved_by[1]) * (h[0] - h[1]) < 0
+
+
+def test_an_image_label_of_255_is_none():
+  """Its image counts for the other tasks, and for this one it is not there."""
+  names = ['smiling', 'regions']
+  p = problem(names)
+  whole = batch(3)
+  image_labels = np.asarray(whole['smiling']).copy()
+  image_labels[1] = 255
+  lacking = dict(whole) | {'smiling': image_labels}
+  total = lambda of: task_losses(
+    p.model, p.tasks, Combination(), p.params, p.stats, of, KEY
+  )[0]
+  without = {name: np.asarray(x)[[0, 2, 3]] for name, x in whole.items()}
+  logits, _ = multitask.apply(p.model, p.params, p.stats, whole['image'], train=True)
+  smiling = p.tasks['smiling'].loss(
+    logits['smiling'][np.array([0, 2, 3])], without['smiling'], without['valid']
+  )
+  regions = p.tasks['regions'].loss(logits['regions'], whole['regions'], whole['valid'])
+  np.testing.assert_allclose(jit(total)(lacking), smiling + regions, rtol=1e-10)
