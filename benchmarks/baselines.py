@@ -30,6 +30,7 @@ from msp.errors import UserError
 from msp.metrics import delta_m
 from msp.models import multitask
 from msp.train_step import Combination, task_losses
+from msp.workdir import write
 
 SAME_IMAGES = {'data.hold_out': 0.2}
 TUNE = {'sparsity.coefficient': 'none', 'meta.inner_steps': 0}
@@ -113,8 +114,9 @@ def one_seed(arguments, seed):
   out = lambda name: sweep.folder(arguments.out, name, seed)
   test = lambda rows: next(row for row in rows if row['split'] == 'test')
   results, trained = {}, {}
-  for entry in runs_of(arguments).runs:
-    config = sweep.configuration(runs_of(arguments), entry, seed, arguments.out)
+  pair = runs_of(arguments)
+  for entry in pair.runs:
+    config = sweep.configuration(pair, entry, seed, arguments.out)
     config.update_from_flattened_dict(SAME_IMAGES)
     results[entry.name] = test(sweep.trained(config, out(entry.name))), None
     trained[entry.name] = Network(config, out(entry.name))
@@ -172,13 +174,15 @@ def main():
   jax.config.update('jax_compilation_cache_dir', str(arguments.out / 'compiled'))
   results = {}
   try:
-    config = runs_of(arguments).runs[0].config
+    pair = runs_of(arguments)
+    sweep.check(pair)
+    config = pair.runs[0].config
     tasks = task_module.make(config.tasks, data.labels(config.data.name))
     for seed in range(arguments.seeds):
       results[seed] = one_seed(arguments, seed)
       text = table(results, tasks)
-      (arguments.out / 'table.md').write_text(text)
-  except (UserError, data.DataError) as e:
+      write(arguments.out / 'table.md', lambda f, text=text: f.write(text.encode()))
+  except (UserError, data.DataError, FloatingPointError) as e:
     sys.exit(f'error: {e}')
   print(text)
   print(f'table: {arguments.out / "table.md"}')

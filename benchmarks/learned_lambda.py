@@ -54,8 +54,9 @@ def make(
 ) -> ConfigDict:
   """The sweep of some rows."""
   made = base.new('learned_lambda', data_set)
-  made.update(seeds=tuple(range(seeds)), source=source, steps=steps)
+  made.update(seeds=tuple(range(seeds)), steps=steps)
   setting = base.parse(DATA[data_set])
+  made.sources[setting.multitask().data.name] = source
   for name in names:
     if name not in ROWS:
       raise UserError(f'unknown row {name!r}; known: {", ".join(ROWS)}')

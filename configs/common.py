@@ -71,7 +71,7 @@ def base() -> ConfigDict:
   config.meta.unroll = 'auto'  # 'auto' (on CPU) | 'yes' | 'no'
 
   config.sparsity = ConfigDict()
-  config.sparsity.coefficient = 'none'  # 'none' | 'fixed' | 'learned'
+  config.sparsity.coefficient = 'none'  # 'none' | 'frozen' | 'fixed' | 'learned'
   config.sparsity.value = 0.0  # λ, if fixed
   config.sparsity.start = 1e-2  # λ/λ_max at the start, if learned
   config.sparsity.penalty = 'group_lasso'  # see msp.prox.PENALTIES

@@ -844,10 +844,11 @@ def render_faces(
     image_folder = image_path(target, 0).parent.name
     if stand_in.is_complete(target, settings, (image_folder, MASK_FOLDER)):
       return target
-    image_path(target, 0).parent.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
+    stand_in.mark(target, settings, complete=False)
+    image_path(target, 0).parent.mkdir(exist_ok=True)
     for index in range(0, num, IDS_PER_FOLDER):
       part_path(target, index, PARTS[0]).parent.mkdir(parents=True, exist_ok=True)
-    stand_in.mark(target, settings, complete=False)
     rows = []
     for index in progress_bar(range(num), num, 'rendering faces', progress):
       face, attributes = draw_face(seed, index)

@@ -1572,10 +1572,11 @@ def render_rooms(
       it cannot be written; a setting is out of range.
   """
   target = Path(target)
-  if num < 1 or min(image_size) < 16 or seed < 0:
+  fewest = TEST_ROOMS[0] + 1  # so that no split is empty
+  if num < fewest or min(image_size) < 16 or seed < 0:
     raise DataError(
       f'cannot render {num} rooms of size {tuple(image_size)} with seed {seed}:'
-      ' need at least one room, 16 pixels a side, and a seed of at least 0'
+      f' need at least {fewest} rooms, 16 pixels a side, and a seed of at least 0'
     )
   settings = {
     'what': 'procedural rooms, a stand-in for NYU-v2 (NYUD_MT)',
@@ -1588,9 +1589,10 @@ def render_rooms(
   try:
     if stand_in.is_complete(target, settings, folders):
       return target
-    for folder in folders:
-      (target / folder).mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     stand_in.mark(target, settings, complete=False)
+    for folder in folders:
+      (target / folder).mkdir(exist_ok=True)
     for index in progress_bar(range(num), num, 'rendering rooms', progress):
       if not (target / 'images' / f'{room_id(index)}.jpg').exists():
         _write_room(target, index, image_size, seed)

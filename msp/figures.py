@@ -383,7 +383,7 @@ def trajectories(
   """(steps, values) over time: a colour for each run, a line for each seed."""
   figure = Figure(figsize=(WIDTH, 3.2), layout='constrained')
   axes = figure.subplots()
-  styles = itertools.product(('-', '--', ':'), COLORS)
+  styles = itertools.cycle(itertools.product(('-', '--', ':'), COLORS))
   for (name, seeds), (dash, color) in zip(curves.items(), styles, strict=False):
     for i, (steps, values) in enumerate(seeds):
       label = name if i == 0 else None

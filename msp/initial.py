@@ -102,11 +102,12 @@ def read(source: str, model: multitask.MultiTask) -> Initial:
   )
 
 
-def tasks(source: str) -> list[str]:
-  """The tasks that initial weights have heads for.
+def tasks(source: str, data_set: str) -> list[str]:
+  """The tasks of a data set that initial weights have heads for.
 
   Args:
     source: as in `read`: a compact network, or a run.
+    data_set: its name; a run on another one has none of its tasks.
 
   Raises:
     UserError: there is none, or it is of another kind.
@@ -117,7 +118,8 @@ def tasks(source: str) -> list[str]:
     heads = [name.split('/')[2] for name in arrays if name.startswith('params/heads/')]
     return list(dict.fromkeys(heads))
   try:
-    return list(json.loads((path / 'config.json').read_text())['tasks'])
+    config = json.loads((path / 'config.json').read_text())
+    return list(config['tasks']) if config['data']['name'] == data_set else []
   except (OSError, ValueError, KeyError, TypeError):
     raise UserError(
       f'initial={source or "(empty)"}: adapting needs the work directory of a run, or '
@@ -235,7 +237,7 @@ class Fitting(NamedTuple):
 
 
 def fitting(initial: Initial, params: PyTree, batch_stats: PyTree) -> Fitting:
-  """The arrays that take the place of fresh ones; a head that does not fit is left.
+  """The arrays that take the place of fresh ones; a head fits as a whole or not.
 
   Args:
     initial: from `read`.
@@ -250,28 +252,33 @@ def fitting(initial: Initial, params: PyTree, batch_stats: PyTree) -> Fitting:
   """
   if not initial.source:
     return Fitting()
-  fresh, unused, differ = [], list(initial.skipped), []
-
-  def choose(arrays, tree):
-    leaves, used = gr.by_path(tree), {}
-    shapes = lambda of: {path: tuple(x.shape) for path, x in of.items()}
-    have, want = shapes(arrays), shapes(leaves)
-    for path in have.keys() | want.keys():
-      if have.get(path) == want.get(path):
-        used[path] = arrays[path]
-      elif path.startswith('backbone/'):
-        differ.append(
-          f'{path} {have.get(path, "absent")}, this model {want.get(path, "absent")}'
-        )
-      else:
-        (fresh if path in want else unused).append(path)
-    return used
-
-  used = choose(initial.params, params), choose(initial.batch_stats, batch_stats)
-  if differ:
-    raise UserError(
-      f'initial={initial.source} holds another backbone; {len(differ)} leaves differ: '
-      f'{"; ".join(sorted(differ)[:3])}{"; …" if len(differ) > 3 else ""}. Set '
-      f'model.depth, blocks, block and norm to its own'
+  shapes = lambda arrays: {path: tuple(x.shape) for path, x in arrays.items()}
+  have = shapes(initial.params) | shapes(initial.batch_stats)
+  want = shapes(gr.by_path(params)) | shapes(gr.by_path(batch_stats))
+  differ = [
+    path for path in have.keys() | want.keys() if have.get(path) != want.get(path)
+  ]
+  other = [path for path in differ if path.startswith('backbone/')]
+  if other:
+    first = '; '.join(
+      f'{path} {have.get(path, "absent")}, this model {want.get(path, "absent")}'
+      for path in sorted(other)[:3]
     )
-  return Fitting(*used, tuple(sorted(fresh)), tuple(sorted(unused)))
+    raise UserError(
+      f'initial={initial.source} holds another backbone; {len(other)} leaves differ: '
+      f'{first}{"; …" if len(other) > 3 else ""}. Set model.depth, blocks, block and '
+      f'norm to its own'
+    )
+  # 'heads/male/…' and its 'log_vars/male' go together.
+  task = lambda path: path.split('/')[1]
+  unfit = {task(path) for path in differ}
+  fits = lambda path: path.startswith('backbone/') or task(path) not in unfit
+  pick = lambda arrays, tree: {
+    path: arrays[path] for path in gr.by_path(tree) if fits(path)
+  }
+  return Fitting(
+    pick(initial.params, params),
+    pick(initial.batch_stats, batch_stats),
+    tuple(sorted(path for path in want if not fits(path))),
+    tuple(sorted([*initial.skipped, *(path for path in have if not fits(path))])),
+  )

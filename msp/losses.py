@@ -199,7 +199,8 @@ def combine(
   """L_τ = Σ_{t∈τ} L_t ('sum'), w_t L_t ('fixed') or e^{−s_t} L_t + s_t.
 
   The last is 'uncertainty' (Kendall et al., 2018) with trained log-variances s_t.
-  A task outside τ contributes nothing: its loss, weight and s_t have gradient 0.
+  A task outside τ, or without a label in the batch (L_t = 0), contributes nothing: its
+  loss, weight and s_t have gradient 0.
 
   Args:
     losses: L_t, shape ().
@@ -233,6 +234,8 @@ def combine(
     if how == 'fixed':
       loss = weights[name] * loss
     elif how == 'uncertainty':
-      loss = jnp.exp(-log_vars[name]) * loss + log_vars[name]
+      # A loss is exactly 0 only where nobody has a label: then s_t must not move.
+      free = jnp.where(loss != 0, log_vars[name], 0)
+      loss = jnp.exp(-log_vars[name]) * loss + free
     terms.append(loss if static else jnp.where(here, loss, 0))
   return functools.reduce(jnp.add, terms) if terms else jnp.zeros(())

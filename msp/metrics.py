@@ -168,7 +168,7 @@ def depth_compute(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   """
   total = _sum(updates)
   if not total or not total['pixels']:
-    return {}
+    return _unlabelled(total)
   mean = lambda name: float(total[name] / total['pixels'])
   return {
     'rmse': float(np.sqrt(mean('squared'))),
@@ -195,6 +195,8 @@ def normals_update(logits: jax.Array, label: jax.Array, valid: jax.Array) -> Upd
   # arccos of a cosine near 1 would lose half of the digits.
   cross = jnp.linalg.norm(jnp.cross(predicted, label), axis=-1)
   angle = jnp.rad2deg(jnp.arctan2(cross, jnp.sum(predicted * label, axis=-1)))
+  # Without a direction, as a dead backbone gives, every angle is as likely.
+  angle = jnp.where(jnp.any(predicted != 0, axis=-1), angle, 90.0)
   mask = jnp.any(label != 0, axis=-1) & valid[:, None, None]
   bins = jnp.clip((angle * (ANGLE_BINS / 180)).astype(jnp.int32), 0, ANGLE_BINS - 1)
   angle = jnp.where(mask, angle, 0)
@@ -217,7 +219,7 @@ def normals_compute(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   """
   total = _sum(updates)
   if not total or not total['pixels']:
-    return {}
+    return _unlabelled(total)
   pixels = total['pixels']
   middle = int(np.searchsorted(np.cumsum(total['histogram']), (pixels + 1) // 2))
   within = zip(ANGLES, total['within'], strict=True)
@@ -231,7 +233,7 @@ def normals_compute(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _unlabelled(total):
-  count = float(total['images_without'])
+  count = float(total.get('images_without', 0))
   return {'images_without_label': count} if count else {}
 
 

@@ -59,7 +59,7 @@ def run(sweep: ConfigDict, workdir: Path) -> Path:
   those that start from it; the same command tries it again.
 
   Args:
-    sweep: see `configs.common.sweep`.
+    sweep: see `configs.sweeps.base.new`.
     workdir: of the sweep; gets table.md, table.csv and report/.
 
   Returns:
@@ -145,10 +145,11 @@ def configuration(
   if sweep.steps:
     config.train.steps = sweep.steps
     config.train.evaluate_every = min(config.train.evaluate_every, sweep.steps)
-  if sweep.source and not config.data.procedural_images:
-    config.data.source = sweep.source
-  if entry.start:
-    config.initial = str(folder(workdir, entry.start, seed))
+  source = sweep.sources[config.data.name]
+  if source and not config.data.procedural_images:
+    config.data.source = source
+  if entry.start:  # whatever directory the sweep is gone on with from
+    config.initial = str(folder(workdir, entry.start, seed).resolve())
   return config
 
 
@@ -163,9 +164,10 @@ def _run(sweep, entry, seed, workdir, failures) -> Result:
     layers = json.loads((place / 'groups.json').read_text())['layers']
   except FileNotFoundError:  # groups of single weights
     layers = []
+  (place / 'error.txt').unlink(missing_ok=True)  # of an earlier attempt
   return Result(
     config,
-    task_module.make(config.tasks, data.labels(config.data.name)),
+    _make_tasks(config),
     rows,
     {layer['name']: float(np.mean(layer['alive'])) for layer in layers},
   )
@@ -181,7 +183,9 @@ def trained(config: ConfigDict, workdir: Path, *, adapt: bool = False) -> list[d
   workdir_module.check(workdir, config)  # old rows are of the same configuration
   log = workdir / writer.METRICS
   rows = writer.read(log) if log.exists() else []
-  if not any(row['split'] == 'test' for row in rows):
+  # The report is what a run writes last.
+  ended = any(row['split'] == 'test' for row in rows) and report.path(workdir).exists()
+  if not ended:
     (train.adapt if adapt else train.train)(config, workdir)
     rows = writer.read(log)
   return rows
@@ -205,6 +209,19 @@ class Column(NamedTuple):
   digits: int = 3
 
 
+def tasks_of(sweep: ConfigDict) -> Tasks:
+  """Every task of a sweep, by name."""
+  return {
+    name: task
+    for entry in sweep.runs
+    for name, task in _make_tasks(entry.config).items()
+  }
+
+
+def _make_tasks(config):
+  return task_module.make(config.tasks, data.labels(config.data.name))
+
+
 def table(
   sweep: ConfigDict, results: Results
 ) -> tuple[list[Column], dict[str, list[list[float]]]]:
@@ -221,8 +238,7 @@ def table(
   Returns:
     Columns, and run -> for each of them the values of the seeds that have one.
   """
-  tasks = {n: t for seeds in results.values() for r in seeds.values()
-           for n, t in r.tasks.items()}  # fmt: skip
+  tasks = tasks_of(sweep)
   columns = [
     Column(f'{name}/{task.primary} {"↑" if task.higher_is_better else "↓"}')
     for name, task in tasks.items()
@@ -238,11 +254,8 @@ def table(
   read += [lambda r, _: 100 * r.test['group_sparsity'], _relative]
   if sweep.target.run:
     task = tasks[sweep.target.task]
-    first = min(
-      int(r.series('val', 'loss')[0][0])
-      for seeds in results.values()
-      for r in seeds.values()
-    )
+    config = next(e.config for e in sweep.runs if e.name == sweep.target.run)
+    first = min(config.train.evaluate_every, sweep.steps or config.train.steps)
     columns += [
       Column(f'{task.name}/{task.primary}, val, step {first}'),
       Column(f'steps to {sweep.target.run}', 0),
@@ -264,7 +277,7 @@ def _relative(result, _):
 
 
 def _delta_m(sweep, results, result, seed):
-  """None without a baseline for every task, or for one that is its own."""
+  """None without a baseline for every task."""
   baseline = {}
   for name, task in result.tasks.items():
     other = results.get(sweep.baselines.get(name, ''), {}).get(seed)
@@ -348,6 +361,9 @@ def write(
   text = [f'| {" | ".join(line)} |' for line in lines]
   text.insert(1, '|---' * len(lines[0]) + '|')
   text += ['', 'Test split, mean ± standard deviation over seeds.']
+  if sweep.baselines:
+    against = ', '.join(f'{task}: {run}' for task, run in sweep.baselines.items())
+    text[-1] += f' Δm against the same seed of: {against}.'
   text += [f'\nFailed: {n}, seed {s}: {why}' for (n, s), why in failures.items()]
   content = '\n'.join(text) + '\n'
   workdir_module.write(workdir / 'table.md', lambda f: f.write(content.encode()))
@@ -409,16 +425,15 @@ def _write_page(sweep, results, failures, workdir, columns, cells, lines):
         figures.trajectories(learned, 'λ / λ$_{max}$', log=True),
         'The coefficient over time, a line for each seed.',
       )
-    keys = {
-      f'{n}/{t.primary}': None for s in results.values() for r in s.values()
-      for n, t in r.tasks.items()
-    }  # fmt: skip
-    for key in keys:
+    for name, task in tasks_of(sweep).items():
+      key = f'{name}/{task.primary}'
       curves = {
         name: [r.series('val', key) for r in seeds.values()]
         for name, seeds in results.items()
         if any(key in row for r in seeds.values() for row in r.rows)
       }
+      if not curves:
+        continue
       yield figure(
         f'progress_{_slug(key)}',
         figures.trajectories(curves, f'{key}, validation'),

@@ -105,10 +105,7 @@ def build(
   model = multitask.build(
     {name: (task.head, task.outputs) for name, task in tasks.items()}, **network
   )
-  begun = workdir is not None and any(
-    path.name.isdigit() for path in (workdir / 'checkpoints').glob('*')
-  )
-  if begun and (shape := initial_module.kept_shape(workdir)):
+  if _begun(workdir) and (shape := initial_module.kept_shape(workdir)):
     initial = initial_module.Initial(shape=shape)
   else:
     initial = initial_module.read(config.initial, model)
@@ -211,6 +208,13 @@ def build(
   return Experiment(model, tasks, groups, init, train_step, fitting)
 
 
+def _begun(workdir):
+  """Whether a run has a checkpoint, complete or not."""
+  return workdir is not None and any(
+    path.name.isdigit() for path in (workdir / 'checkpoints').glob('*')
+  )
+
+
 def _uses_hold_out(config):
   """Whether λ is learned on data of its own: always, but for a plain budget."""
   sparsity = config.sparsity
@@ -256,6 +260,16 @@ def _check(config):
     raise UserError(
       f'data.image_size is {config.data.image_size}; it has to be two numbers, rows '
       f'and columns, of at least 16'
+    )
+  if not 0 < config.data.train_share <= 1:
+    raise UserError(
+      f'data.train_share is {config.data.train_share}; it has to be in (0, 1]'
+    )
+  missing = config.data.missing
+  if not 0 <= missing < 1 or (missing and len(config.tasks) < 2):
+    raise UserError(
+      f'data.missing is {missing}; it has to be in [0, 1), and 0 for a single task: '
+      f'images without any label would remain'
     )
   sparsity, inner_steps = config.sparsity, config.meta.inner_steps
   if sparsity.coefficient == 'frozen' and not config.initial:
@@ -432,7 +446,7 @@ def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
 
 
 def contact_sheet(config: ConfigDict) -> Path:
-  """Draws the first training batch, flips included, as the network gets it.
+  """Draws a training batch with its flips and missing labels, to look at.
 
   Args:
     config: of a run whose data set is prepared.
@@ -442,7 +456,14 @@ def contact_sheet(config: ConfigDict) -> Path:
   """
   size = tuple(config.data.image_size)
   tasks = task_module.make(config.tasks, data.labels(config.data.name))
-  splits = data.open(config.data.name, folders(config)[1], size, 0.0)
+  splits = data.open(
+    config.data.name,
+    folders(config)[1],
+    size,
+    config.data.hold_out,
+    train_share=config.data.train_share,
+    seed=config.seed,
+  )
   stream = data.train_iterator(
     splits.train,
     config.tasks,
@@ -553,7 +574,9 @@ def adapt(
   Raises:
     UserError: as `train`; no new task; `config.initial` has no tasks.
   """
-  known = initial_module.tasks(config.initial)
+  if _begun(workdir):  # its source may be gone
+    return train(config, workdir, devices, skip_corrupt=skip_corrupt)
+  known = initial_module.tasks(config.initial, config.data.name)
   new = [task for task in config.tasks if task not in known]
   if not new:
     raise UserError(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import DataError, procedural_rooms
+from data import DataError, procedural_rooms, stand_in
 from data.procedural_rooms import (
   Camera,
   Lights,
@@ -146,7 +146,7 @@ def test_splits_are_disjoint_and_hold_every_room(rooms):
 
 def test_same_seed_same_bytes_other_seed_other_rooms(rooms, tmp_path):
   again = render_rooms(tmp_path / 'a', NUM, SIZE, seed=3, progress=False)
-  other = render_rooms(tmp_path / 'b', 1, SIZE, seed=4, progress=False)
+  other = render_rooms(tmp_path / 'b', 7, SIZE, seed=4, progress=False)
   assert contents(again) == contents(rooms)
   for name in ('images/000000.jpg', 'segmentation/000000.png', 'depth/000000.npy'):
     assert contents(other)[name] != contents(rooms)[name]
@@ -154,7 +154,7 @@ def test_same_seed_same_bytes_other_seed_other_rooms(rooms, tmp_path):
 
 
 def test_a_room_does_not_depend_on_how_many_there_are(rooms, tmp_path):
-  fewer = render_rooms(tmp_path / 'a', 4, SIZE, seed=3, progress=False)
+  fewer = render_rooms(tmp_path / 'a', 7, SIZE, seed=3, progress=False)
   whole = contents(rooms)
   for name, content in contents(fewer).items():
     if name.endswith(('.jpg', '.png', '.npy')):
@@ -189,6 +189,26 @@ def test_killed_rendering_continues_to_the_same_files(
   assert contents(again) == contents(rooms)
 
 
+def test_killed_before_the_first_room_it_can_begin_again(tmp_path, monkeypatch):
+  def dies(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(procedural_rooms, 'draw_room', dies)
+  for _ in range(2):
+    with pytest.raises(KeyboardInterrupt):
+      render_rooms(tmp_path / 'a', NUM, SIZE, seed=3, progress=False)
+  made = []
+
+  def dies_marking(folder, *settings, **complete):
+    made.extend(path.name for path in folder.iterdir())
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(stand_in, 'mark', dies_marking)
+  with pytest.raises(KeyboardInterrupt):
+    render_rooms(tmp_path / 'b', NUM, SIZE, seed=3, progress=False)
+  assert made == []  # nothing that would pass for a real data set
+
+
 def test_complete_set_is_not_rendered_again(rooms, monkeypatch):
   monkeypatch.setattr(procedural_rooms, 'draw_room', None)
   render_rooms(rooms, NUM, SIZE, seed=3, progress=False)
@@ -215,19 +235,19 @@ def test_set_made_with_other_settings_is_refused(rooms, change, words):
 def test_real_data_set_is_never_written_into(tmp_path, folder):
   (tmp_path / folder).mkdir()
   with pytest.raises(DataError, match='not procedural'):
-    render_rooms(tmp_path, 2, SIZE, seed=0, progress=False)
+    render_rooms(tmp_path, 7, SIZE, seed=0, progress=False)
   assert [path.name for path in tmp_path.iterdir()] == [folder]
 
 
 def test_target_that_is_a_file(tmp_path):
   (tmp_path / 'x').write_text('')
   with pytest.raises(DataError, match='cannot write procedural rooms'):
-    render_rooms(tmp_path / 'x', 2, SIZE, seed=0, progress=False)
+    render_rooms(tmp_path / 'x', 7, SIZE, seed=0, progress=False)
 
 
-@pytest.mark.parametrize('wrong', [{'num': 0}, {'image_size': (8, 64)}, {'seed': -1}])
+@pytest.mark.parametrize('wrong', [{'num': 6}, {'image_size': (8, 64)}, {'seed': -1}])
 def test_impossible_settings(tmp_path, wrong):
-  settings = {'num': 1, 'image_size': SIZE, 'seed': 0} | wrong
+  settings = {'num': 7, 'image_size': SIZE, 'seed': 0} | wrong
   with pytest.raises(DataError, match='cannot render'):
     render_rooms(tmp_path / 'a', **settings, progress=False)
   assert not (tmp_path / 'a').exists()

@@ -256,8 +256,17 @@ def test_a_split_without_any_measurement_has_no_metric(kind):
     'normals': (metrics.normals_update, metrics.normals_compute, normals_data),
   }[kind]
   logits, label = data()
-  assert compute([jax.device_get(update(logits, 0 * label, np.ones(N, bool)))]) == {}
+  one = jax.device_get(update(logits, 0 * label, np.ones(N, bool)))
+  assert compute([one]) == {'images_without_label': N}
   assert compute([]) == {}
+
+
+def test_no_direction_is_no_right_one():
+  logits, label = normals_data()
+  one = metrics.normals_update(0 * logits, label, np.ones(N, bool))
+  got = metrics.normals_compute([jax.device_get(one)])
+  assert got['mean_angle'] == pytest.approx(90)
+  assert got['within_30'] == 0
 
 
 def test_delta_m():

@@ -23,6 +23,7 @@ SCORES = {  # (run, seed) -> test mIoU, and mIoU on val over time
   ('alone', 1): (0.40, (0.1, 0.2, 0.4)),
   ('sparse', 0): (0.55, (0.2, 0.5, 0.6)),
   ('sparse', 1): (0.30, (0.1, 0.1, 0.3)),
+  ('before', 0): (None, ()),
 }
 
 
@@ -31,7 +32,7 @@ def make(**changes):
   made = base.new('trial', '')
   made.seeds = (0, 1)
   config = lambda: base.DATA_SETS['celeba'].multitask.get_config('procedural,tiny')
-  one = {'tasks': ('segmentation',)}
+  one = {'tasks': ('segmentation',), 'train.evaluate_every': 20}
   base.add(made, 'alone', config(), one)
   base.add(made, 'sparse', config(), one, base.fixed(0.1), start='alone')
   made.baselines.segmentation = 'alone'
@@ -49,9 +50,13 @@ def write_log(folder, name, seed):
   for i, value in enumerate(over_time, 1):
     row = {'split': 'val', 'step': 20 * i, 'loss': 1.0, 'segmentation/miou': value}
     rows.append(row)
-  test = {'split': 'test', 'step': 60, 'loss': 1.0, 'segmentation/miou': final}
+  test = {'split': 'test', 'step': 60, 'loss': 1.0}
+  if final is not None:
+    test['segmentation/miou'] = final
   rows.append(test | {'group_sparsity': 0.5 if name == 'sparse' else 0.0})
   lines = ''.join(json.dumps(row) + '\n' for row in rows)
+  (folder / 'report').mkdir(exist_ok=True)
+  (folder / 'report' / 'index.html').touch()  # what a run writes last
   (folder / 'metrics.jsonl').write_text(lines)
   layers = [{'name': 'layer1_0/conv1', 'alive': [1, 1, 0, name != 'sparse']}]
   (folder / 'groups.json').write_text(json.dumps({'layers': layers}))
@@ -135,6 +140,27 @@ def test_only_what_is_missing_is_trained(tmp_path, trained):
   assert calls == []
 
 
+def test_a_run_killed_before_its_last_file_is_not_finished(tmp_path, trained):
+  calls, _ = trained
+  sweep.run(make(), tmp_path)
+  calls.clear()
+  place = sweep.folder(tmp_path, 'sparse', 1)
+  (place / 'report' / 'index.html').unlink()
+  sweep.run(make(), tmp_path)
+  assert [call[:2] for call in calls] == [('sparse', 1)]
+
+
+def test_the_first_runs_need_not_have_the_task_of_the_target(tmp_path, trained):
+  made = make(seeds=(0,))
+  config = base.DATA_SETS['celeba'].multitask.get_config('procedural,tiny')
+  base.add(made, 'before', config, {'tasks': ('male',)})
+  made.runs.insert(0, made.runs.pop())
+  sweep.run(made, tmp_path)
+  before, alone = (tmp_path / 'table.md').read_text().splitlines()[2:4]
+  assert before.startswith('| before | 1 | – | – |')
+  assert alone.startswith('| alone | 1 | – | 0.500 |')
+
+
 def test_other_settings_do_not_pass_for_the_old_ones(tmp_path, trained):
   sweep.run(make(), tmp_path)
   with pytest.raises(
@@ -153,7 +179,7 @@ def test_settings_of_all_runs(tmp_path):
   assert config.data.source == 'datasets/procedural_faces'
   made = base.new('real', '')
   base.add(made, 'a', base.DATA_SETS['camvid'].multitask.get_config('tiny'))
-  made.source = '/elsewhere'
+  made.sources.camvid = '/elsewhere'
   config = sweep.configuration(made, made.runs[0], 0, tmp_path)
   assert config.data.source == '/elsewhere'
 
@@ -187,6 +213,8 @@ def test_a_change_of_no_field_is_refused():
     base.add(base.new('x', ''), 'a', config, {'train.stepz': 3})
   with pytest.raises(ValueError, match=r'needs one data set.*nyu, celeba, camvid'):
     base.parse('procedural')
+  with pytest.raises(ValueError, match='unknown option fixed'):
+    base.parse('nyu,fixed')
 
 
 @pytest.mark.parametrize('file', FILES)
@@ -212,14 +240,16 @@ def test_the_sweeps_are_those_of_the_papers():
   }
   nyu = runs('less_is_more', 'nyu')
   sets = {entry.tasks for entry in nyu.values()}
-  assert len(sets) == 3 + 3 + 1 + 1
+  assert len(sets) == 4 + 3 + 1 + 1
   grid = [c.sparsity.value for name, c in nyu.items() if name.startswith('grid')]
   assert grid == [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
   corners = runs('transfer', 'nyu')
   target = [c for n, c in corners.items() if c.data.name == 'nyud_mt']
-  assert len(target) == 8
+  assert len(target) == 8 + 2
   assert {c.meta.inner_steps > 0 for c in target} == {True, False}
   missing = {c.data.missing for c in runs('missing_labels', 'nyu').values()}
   assert missing == {0.0, 0.1, 0.2, 0.5}
   shares = {c.data.train_share for c in runs('unseen_tasks', 'nyu').values()}
-  assert shares == {1.0, 0.5, 0.1}
+  assert shares == {1.0, 0.5, 0.1, 0.02}
+  celeba = runs('meta_sparsity', 'celeba')
+  assert max(len(c.tasks) for c in celeba.values()) == 7

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
+from PIL import Image
 
 import data
 from configs import common
@@ -534,6 +535,16 @@ def test_a_process_killed_at_a_random_moment_goes_on_exactly(faces, tmp_path):
   assert process.returncode == -signal.SIGKILL
   subprocess.run([*command, other], env=environment, check=True, capture_output=True)
   same_run(one, other)
+
+
+def test_a_batch_is_drawn_to_look_at(faces):
+  c = config(faces, **{'tasks': ('segmentation', 'male', 'smiling')})
+  path = train.contact_sheet(c)
+  assert path == train.folders(c)[1] / 'celebamask_hq_16x16.png'
+  with Image.open(path) as picture:
+    colours = len(np.unique(np.asarray(picture.convert('RGB')).reshape(-1, 3), axis=0))
+  assert colours > 200  # not an empty sheet
+  train.prepare(c)  # and it is not in the way of the data set
 
 
 def test_adapting_to_an_unseen_task_with_a_frozen_pattern(faces, tmp_path):

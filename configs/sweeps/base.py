@@ -43,44 +43,28 @@ class DataSet(NamedTuple):
 
   multitask: ModuleType
   meta: ModuleType
-  tasks: tuple[str, ...]
-  tiny_tasks: tuple[str, ...]  # those that can be learned from little
-  fourth: str  # the task that joins last
+  more: tuple[str, ...]  # tasks that join those of the configurations
   unseen: str  # the task to adapt to
   fixed: float  # the published λ
-  tiny_fixed: float  # a λ that kills about half of the groups in a `:tiny` run
+  # A λ that kills about half of the groups in a `:tiny` run.
+  tiny_fixed: float = 5e-3
 
 
 DATA_SETS = {
-  'nyu': DataSet(
-    nyud_multitask,
-    nyud_meta,
-    ('segmentation', 'depth', 'normals'),
-    ('segmentation', 'depth', 'normals'),
-    'edges',
-    'edges',
-    1e-6,
-    5e-3,
-  ),
+  'nyu': DataSet(nyud_multitask, nyud_meta, ('edges',), 'edges', 1e-6),
   'celeba': DataSet(
     celeba_multitask,
     celeba_meta,
-    ('segmentation', 'male', 'smiling'),
-    ('segmentation', 'male', 'eyeglasses'),
-    'arched_eyebrows',
+    ('arched_eyebrows', 'wearing_lipstick', 'high_cheekbones', 'big_lips'),
     'segmentation',
     1e-5,
-    5e-3,
   ),
   'camvid': DataSet(
     camvid_multitask,
     camvid_meta,
-    ('segmentation', 'edges', 'presence_bicyclist'),
-    ('segmentation', 'edges', 'presence_bicyclist'),
-    'presence_fence',
+    ('presence_fence', 'presence_sign'),
     'edges',
     1e-5,
-    5e-3,
   ),
 }
 
@@ -91,7 +75,8 @@ class Setting(NamedTuple):
   name: str  # of the data set
   data: DataSet
   argument: str  # for its configurations
-  tasks: tuple[str, ...]
+  tasks: tuple[str, ...]  # three
+  more: tuple[str, ...]  # those that join them
   fixed: float
 
   def multitask(self) -> ConfigDict:
@@ -104,24 +89,20 @@ class Setting(NamedTuple):
 
 
 def parse(arg: str) -> Setting:
-  """Reads 'nyu,procedural,tiny': a data set, and options of its configurations."""
-  parts = [part for part in (arg or '').split(',') if part]
-  names = [part for part in parts if part in DATA_SETS]
+  """Reads 'nyu,procedural,tiny': a data set, 'procedural' if it has to be, 'tiny'."""
+  given = common.options(arg, (*DATA_SETS, 'procedural', 'tiny'))
+  names = given & DATA_SETS.keys()
   if len(names) != 1:
     raise ValueError(
       f'a sweep needs one data set after the colon, such as :nyu; known: '
       f'{", ".join(DATA_SETS)}'
     )
-  argument = ','.join(part for part in parts if part not in names)
-  chosen = DATA_SETS[names[0]]
-  tiny = 'tiny' in parts
-  return Setting(
-    names[0],
-    chosen,
-    argument,
-    chosen.tiny_tasks if tiny else chosen.tasks,
-    chosen.tiny_fixed if tiny else chosen.fixed,
-  )
+  (name,) = names
+  chosen = DATA_SETS[name]
+  argument = ','.join(sorted(given - names))
+  tasks = chosen.multitask.get_config(argument).tasks[:3]
+  fixed = chosen.tiny_fixed if 'tiny' in given else chosen.fixed
+  return Setting(name, chosen, argument, tasks, chosen.more, fixed)
 
 
 def new(stem: str, arg: str) -> ConfigDict:
@@ -129,7 +110,8 @@ def new(stem: str, arg: str) -> ConfigDict:
   sweep = ConfigDict()
   sweep.name = common.name(stem, {part for part in arg.split(',') if part})
   sweep.seeds = (0, 1, 2)
-  sweep.source = ''  # folder of the published files, instead of the configurations' own
+  # Folders of the published files, instead of the configurations' own.
+  sweep.sources = ConfigDict(dict.fromkeys(('celebamask_hq', 'nyud_mt', 'camvid'), ''))
   sweep.steps = 0  # of every run, instead of its own number
   sweep.runs = []  # see `add`
   sweep.baselines = ConfigDict()  # task -> the run Δm compares it with

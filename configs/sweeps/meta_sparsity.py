@@ -2,9 +2,9 @@
 
   python launch.py --mode sweep --config configs/sweeps/meta_sparsity.py:nyu
   ... meta_sparsity.py:celeba
-On a stand-in or on CamVid, small (2 CPU cores, about 3 minutes a run, 11 runs a seed):
+On a stand-in or on CamVid, small (2 CPU cores, about 3 minutes a run, 13 runs a seed):
   ... meta_sparsity.py:nyu,procedural,tiny
-  ... meta_sparsity.py:camvid,tiny --config.source=/path/to/CamVid
+  ... meta_sparsity.py:camvid,tiny --config.sources.camvid=/path/to/CamVid
 """
 
 from ml_collections import ConfigDict
@@ -37,4 +37,11 @@ def get_config(arg: str = '') -> ConfigDict:
     ),
   ):
     base.add(sweep, name, config(), everything, changes)
+  more = (*given.tasks, *given.more)
+  for name, config, changes in (
+    (f'{len(more)} tasks, multi-task', no_inner, {}),
+    # Two episodes a step: the subsets of seven tasks are 127.
+    (f'{len(more)} tasks, meta, learned λ', inner, {'meta.episodes': '2'}),
+  ):
+    base.add(sweep, name, config(), {'tasks': more}, changes)
   return sweep

@@ -2,7 +2,7 @@
 
   python launch.py --mode sweep --config configs/sweeps/transfer.py:nyu
   ... transfer.py:nyu,sparse
-On stand-ins, small (2 CPU cores, about 2 minutes a run, 12 runs a seed):
+On stand-ins, small (2 CPU cores, about 2 minutes a run, 14 runs a seed):
   ... transfer.py:nyu,procedural,tiny
 
 The eight corners on one data set; a backbone that is transferred has learned another
@@ -42,7 +42,11 @@ def get_config(arg: str = '') -> ConfigDict:
     for transferred in (False, True):
       prefix = 'transferred' if transferred else 'from scratch'
       add(target, prefix, multi, meta, start=start if transferred else '')
-  first = target.tasks[0]
+  first, *others = target.tasks
   sweep.baselines[first] = 'from scratch, single-task'
+  for task in others:
+    name = f'{task} alone'
+    base.add(sweep, name, target.multitask(), {'tasks': (task,)})
+    sweep.baselines[task] = name
   sweep.target.update(task=first, run='from scratch, single-task')
   return sweep
