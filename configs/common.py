@@ -1,5 +1,7 @@
 """What all configurations share: the fields, and their published values."""
 
+import copy
+
 from ml_collections import ConfigDict, config_dict
 
 
@@ -94,6 +96,7 @@ def base() -> ConfigDict:
   config.sparsity.tangent_max_norm = 1.0  # of 'online', relative to the weights
   config.sparsity.objective = 'holdout'  # 'holdout' | 'tolerance' | 'budget'
   config.sparsity.tolerance = 0.0  # relative; at least one standard error
+  config.sparsity.search = 0.0  # of 'tolerance': share of the steps, see msp.objectives
   config.sparsity.target = 0.5  # of 'budget': the share to remove, of
   config.sparsity.measure = 'groups'  # 'groups' | 'weights' | 'flops'
   # ρ's optimiser under each objective. A hypergradient has no scale of its own; the
@@ -106,14 +109,15 @@ def base() -> ConfigDict:
     ConfigDict(follow | dict(momentum=0.9)),
     ConfigDict(bounds),
   ]
-  clip = dict(name='clip', max_delta=1.0)
-  constraint = [ConfigDict(clip), ConfigDict(follow), ConfigDict(bounds)]
-  config.sparsity.optimizers.tolerance = constraint
-  # Groups die tens of steps after λ has grown.
-  config.sparsity.optimizers.budget = [
+  constraint = [
+    # Groups die, and losses rise, tens of steps after λ has grown.
     ConfigDict(dict(name='anticipate', horizon=20.0, decay=0.95)),
-    *constraint,
+    ConfigDict(dict(name='clip', max_delta=1.0)),
+    ConfigDict(follow),
+    ConfigDict(bounds),
   ]
+  config.sparsity.optimizers.tolerance = constraint
+  config.sparsity.optimizers.budget = copy.deepcopy(constraint)
 
   config.train = ConfigDict()
   config.train.steps = 65_600
@@ -187,20 +191,23 @@ def apply(config: ConfigDict, given: set[str]) -> None:
     tiny(config)
 
 
-def decaying(config: ConfigDict, entry: ConfigDict, peak: float) -> ConfigDict:
+def decaying(
+  config: ConfigDict, entry: ConfigDict, peak: float, exponent: float = 1.0
+) -> ConfigDict:
   """An optimiser's entry with a step size that falls from `peak` to 0 in train.steps.
 
   A constant one keeps groups dying and coming back to the end.
   """
   schedule = ConfigDict(dict(name='cosine_decay_schedule', init_value=peak))
+  schedule.exponent = exponent
   schedule.decay_steps = config.train.get_ref('steps')
   return ConfigDict(entry.to_dict() | dict(learning_rate=schedule))
 
 
-def _decay_rho(config, objective, peak):
+def _decay_rho(config, objective, peak, exponent=1.0):
   """Makes the step of ρ under one objective a decaying one."""
   entries = list(config.sparsity.optimizers[objective])
-  entries[-2] = decaying(config, entries[-2], peak)
+  entries[-2] = decaying(config, entries[-2], peak, exponent)
   config.sparsity.optimizers[objective] = entries
 
 
@@ -235,7 +242,9 @@ def tiny(config: ConfigDict) -> None:
       config.train.batch_size = 32
     config.loss.edges = 'balanced'
     config.sparsity.tolerance = 0.05
-    _decay_rho(config, 'tolerance', 0.02)
+    # 20 nats in all, 7.5 of them in the search; the whole range of ρ is 6.9.
+    _decay_rho(config, 'tolerance', 0.15, exponent=3.0)
+    config.sparsity.search = 0.125
   if config.data.name == 'camvid':
     config.data.image_size = (72, 96)
     config.tasks = ('segmentation', 'edges', 'presence_bicyclist')

@@ -12,8 +12,10 @@ rises while the constraint is slack and falls while it is violated. A vector ρ 
 the hold-out loss as the tie-break between its entries.
 
 What died at a large λ does not come back at a smaller one that would never have killed
-it: the living groups have taken its place. So if λ has come far down under `tolerance`
-and the constraint is still violated, the network becomes its twin again (`restore`).
+it: the living groups have taken its place. So what a network costs depends on every λ
+it has seen, the start included. Under `tolerance` the first steps therefore only search
+for λ; after them the network becomes its twin, whatever the start has done to it. So it
+does again if λ comes far down and the constraint is still violated (`restore`).
 """
 
 import math
@@ -48,6 +50,7 @@ class Objective(NamedTuple):
     positions: of 'flops', layer -> output positions (rows · columns) of its kernel.
     tolerance: of 'tolerance', ε ≥ 0, the relative increase of the hold-out loss that
       is allowed, or one standard error of the twin's loss if that is more.
+    search: of 'tolerance', steps that only search for λ; 0: none.
     hold_out_batches: hold-out images / images a batch, for the standard error.
     decay: of the running means.
   """
@@ -57,6 +60,7 @@ class Objective(NamedTuple):
   measure: str = 'groups'
   positions: Mapping[str, int] | None = None
   tolerance: float = 0.0
+  search: int = 0
   hold_out_batches: float = 1.0
   decay: float = 0.95
 
@@ -107,6 +111,11 @@ def check(objective: Objective) -> None:
       f'sparsity.tolerance is {objective.tolerance}; the allowed relative increase of '
       f'the loss cannot be below 0'
     )
+  if objective.search < 0:
+    raise UserError(
+      f'sparsity.search gives {objective.search} steps; the share of the steps that '
+      f'only search for λ cannot be below 0'
+    )
 
 
 def differentiates(kind: str, entries: int) -> bool:
@@ -149,15 +158,24 @@ def compare(
 
 
 def restore(
-  twin: Twin, violation: jax.Array, rho: jax.Array, current: PyTree
+  objective: Objective,
+  twin: Twin,
+  step: jax.Array,
+  violation: jax.Array,
+  rho: jax.Array,
+  current: PyTree,
 ) -> tuple[Twin, PyTree, jax.Array]:
-  """Makes the network its twin again if λ is far down and still too large.
+  """Makes the network its twin after the search, and if λ is far down in vain.
 
-  That is, if the constraint is violated and mean(ρ) is below its peak since the last
-  time by more than log 4. Gaps and peak then start anew.
+  That is, after step `search`, or if the constraint is violated and mean(ρ) is below
+  its peak since the last time by more than log 4. The peak then starts anew. The gaps
+  do not: as running means they forget in some 20 steps, in which λ does not yet take
+  the equality with the twin for room. They count as 2 · allowed at most.
 
   Args:
+    objective: with `search` and what `allowed` needs.
     twin: after `compare`.
+    step: outer steps done, this one included, shape ().
     violation: from `tolerance_violation`.
     rho: ρ of this step.
     current: (θ⁰, state of its optimiser, running statistics).
@@ -167,10 +185,12 @@ def restore(
   """
   mean = jnp.mean(rho).astype(twin.peak.dtype)
   peak = jnp.maximum(twin.peak, mean)
-  restored = (violation > 0) & (mean < peak - RESTORE_BELOW)
+  in_vain = (violation > 0) & (mean < peak - RESTORE_BELOW)
+  restored = in_vain | (step == objective.search)
   pick = lambda a, b: jax.tree.map(lambda x, y: jnp.where(restored, x, y), a, b)
   network = pick((twin.params, twin.opt_state, twin.batch_stats), current)
-  gap, peak = pick((jnp.zeros_like(twin.gap), mean), (twin.gap, peak))
+  remembered = jnp.minimum(twin.gap, 2 * allowed(objective, twin))
+  gap, peak = pick((remembered, mean), (twin.gap, peak))
   return twin._replace(gap=gap, peak=peak), network, restored
 
 

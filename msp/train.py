@@ -233,6 +233,7 @@ def _objective(config, model, shape, hold_out_images):
     measure=sparsity.measure,
     positions=multitask.positions(model, shape) if by_flops else None,
     tolerance=sparsity.tolerance,
+    search=round(sparsity.search * config.train.steps),
     hold_out_batches=max(hold_out_images / max(share, 1), 1.0),
   )
   objectives.check(objective)
@@ -967,7 +968,8 @@ def _loop(run, state, progress, feed, checkpoints, writer):
   start = int(state.step)
   images = len(run.splits.train)
   clock = Clock(start)
-  monitor = Monitor(config.sparsity.min_alive, groups, state.params)
+  search = round(config.sparsity.search * c.steps)
+  monitor = Monitor(config.sparsity.min_alive, groups, state.params, search)
   logger.info('compiling the training step (the first one takes a while)')
 
   def record(step, metrics):
@@ -1049,9 +1051,12 @@ def _finish(run, workdir, state, checkpoints, writer):
 class Monitor:
   """Watches every step's numbers for what should stop or worry a run."""
 
-  def __init__(self, min_alive: int, groups: gr.Groups, params: PyTree):
-    """Remembers the names the numbers belong to."""
+  def __init__(
+    self, min_alive: int, groups: gr.Groups, params: PyTree, search: int = 0
+  ):
+    """Remembers the names the numbers belong to; `search`: see `Objective`."""
     self._min_alive = min_alive
+    self._search = search
     self._totals = gr.totals(groups, params)
     self._leaves = [
       gr.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
@@ -1074,7 +1079,14 @@ class Monitor:
       value = np.asarray(metrics.get(name, 0.0))
       if not np.isfinite(value).all():
         raise FloatingPointError(f'step {step}: {name} is {value}')
-    if metrics.get('restored', False):
+    if metrics.get('restored', False) and step == self._search:
+      logger.info(
+        'step %d: λ/λ_max is %.2g after the search for it; training goes on from the '
+        'dense twin',
+        step,
+        float(np.mean(metrics['lambda_relative'])),
+      )
+    elif metrics.get('restored', False):
       logger.warning(
         'step %d: a task is still over its tolerance though λ/λ_max has come down to '
         '%.2g: what has died does not come back, so training goes on from the dense '

@@ -321,8 +321,9 @@ def make_train_step(
         objective.decay,
       )
       violation = objectives.tolerance_violation(objective, twin)
+      network = params, opt_state, stats
       twin, (params, opt_state, stats), restored = objectives.restore(
-        twin, violation, rho, (params, opt_state, stats)
+        objective, twin, state.step + 1, violation, rho, network
       )
       if tangent is not None:
         tangent = jax.tree.map(lambda z: jnp.where(restored, 0, z), tangent)

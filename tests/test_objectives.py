@@ -62,30 +62,59 @@ def test_tolerance_pushes_towards_the_bound_from_both_sides():
   np.testing.assert_allclose(at(math.log(1.1)), 0.0, atol=1e-6)
 
 
+OBJECTIVE = Objective('tolerance', tolerance=0.1, search=7)
+SPARSE = {'w': jnp.zeros(2)}, (), {}
+
+
+def restore(twin, step, violation, rho):
+  """(twin, its network, whether restored) for a network of zeros."""
+  twin, network, restored = objectives.restore(
+    OBJECTIVE, twin, jnp.asarray(step), jnp.asarray(violation), rho, SPARSE
+  )
+  return twin, network[0]['w'], restored
+
+
 def test_far_below_its_peak_and_violated_the_network_is_its_twin_again():
   twin = objectives.make_twin({'w': jnp.ones(2)}, (), {}, 2)
-  current = {'w': jnp.zeros(2)}, (), {}
-
-  def after(twin, violation, rho):
-    return objectives.restore(twin, jnp.asarray(violation), rho, current)
-
-  twin = twin._replace(gap=jnp.ones(2))
-  twin, network, restored = after(twin, 5.0, jnp.array([-1.0, -3.0]))
+  twin = twin._replace(gap=jnp.array([1.0, -0.5]))
+  twin, network, restored = restore(twin, 8, 5.0, jnp.array([-1.0, -3.0]))
   assert not restored  # violated, but λ has only just begun to fall
   assert twin.peak == -2
   for violation, rho in ((-0.1, -9.0), (0.1, -2 - math.log(3.9))):
-    kept, network, restored = after(twin, violation, jnp.full(2, rho))
+    kept, network, restored = restore(twin, 9, violation, jnp.full(2, rho))
     assert not restored
-    assert not network[0]['w'].any()
+    assert not network.any()
     assert kept.peak == -2
-    assert kept.gap.all()
-  twin, network, restored = after(twin, 0.1, jnp.full(2, -2 - math.log(4.1)))
+    np.testing.assert_array_equal(kept.gap, twin.gap)
+  twin, network, restored = restore(twin, 9, 0.1, jnp.full(2, -2 - math.log(4.1)))
   assert restored
-  assert network[0]['w'].all()
-  assert not twin.gap.any()
+  assert network.all()
   np.testing.assert_allclose(twin.peak, -2 - math.log(4.1), rtol=1e-6)
-  _, _, restored = after(twin, 0.1, jnp.full(2, -2 - math.log(4.1)))
+  _, _, restored = restore(twin, 10, 0.1, jnp.full(2, -2 - math.log(4.1)))
   assert not restored
+
+
+def test_after_the_search_the_network_is_its_twin_whatever_λ_is():
+  twin = objectives.make_twin({'w': jnp.ones(2)}, (), {}, 2)
+  for step, violation, rho in ((6, -1.0, -4.0), (7, -1.0, -4.0), (8, -1.0, -4.0)):
+    twin, network, restored = restore(twin, step, violation, jnp.full(2, rho))
+    assert restored == network.all() == (step == 7)
+  assert twin.peak == -4
+
+
+def test_a_restored_network_is_not_taken_for_room():
+  """Its equality with the twin says nothing yet about λ, so the gaps do not jump."""
+  start = objectives.make_twin({'w': jnp.ones(2)}, (), {}, 2)
+  twin = start._replace(gap=jnp.array([3.0, 0.05]), count=jnp.full(2, 99))
+  twin, _, restored = restore(twin, 7, 30.0, jnp.full(2, -1.0))
+  assert restored
+  np.testing.assert_allclose(twin.gap, [2 * math.log(1.1), 0.05], rtol=1e-6)
+  loss = {'a': jnp.ones(()), 'b': jnp.ones(())}
+  steps = 0
+  while objectives.tolerance_violation(OBJECTIVE, twin) > 0:
+    twin = objectives.compare(twin, loss, loss, 0.95)
+    steps += 1
+  assert 10 < steps < 20  # and a start that killed everything is forgotten all the same
 
 
 def params():
@@ -133,6 +162,7 @@ def test_signal_is_the_violation_and_breaks_ties_by_the_hold_out_loss():
     ({'measure': 'channels'}, "measure is 'channels'; known: groups"),
     ({'target': 1.0}, r'target is 1\.0; .* in \(0, 1\)'),
     ({'tolerance': -0.1}, r'tolerance is -0\.1; .* below 0'),
+    ({'search': -3}, r'search gives -3 steps; .* below 0'),
   ],
 )
 def test_impossible_objectives_are_refused(change, message):

@@ -486,15 +486,18 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
 
 def test_a_network_that_becomes_its_twin_is_reported(caplog):
   params = {'backbone': {'c': {'kernel': np.ones((1, 1, 2, 2))}}}
-  monitor = train.Monitor(0, gr.find(params), params)
+  monitor = train.Monitor(0, gr.find(params), params, search=8)
   metrics = {'nonfinite': -1, 'loss': 1.0, 'alive': [2], 'lambda_relative': 0.125}
-  with caplog.at_level(logging.WARNING, logger='msp'):
+  with caplog.at_level(logging.INFO, logger='msp'):
     monitor.check(6, metrics | {'restored': False})
     assert not caplog.records
     monitor.check(7, metrics | {'restored': True})
-  (record,) = caplog.records
-  assert record.getMessage().startswith('step 7: a task is still over its tolerance')
-  assert '0.12' in record.getMessage()
+    monitor.check(8, metrics | {'restored': True})
+  in_vain, planned = caplog.records
+  assert in_vain.getMessage().startswith('step 7: a task is still over its tolerance')
+  assert '0.12' in in_vain.getMessage()
+  assert planned.levelno == logging.INFO  # nothing is wrong
+  assert planned.getMessage().startswith('step 8: λ/λ_max is 0.12 after the search')
 
 
 def test_a_dense_run_has_nothing_to_remove(finished, faces):

@@ -715,11 +715,15 @@ def test_the_twin_is_a_dense_run_beside_the_sparse_one():
   assert not metrics['restored']
   # λ far below its peak and still too large: from here on it is the dense twin.
   twin = state.twin._replace(peak=state.rho + 2, gap=jnp.ones_like(state.twin.gap))
-  state, metrics = step(state._replace(twin=twin), data, KEY)
-  assert metrics['restored']
-  assert metrics['group_sparsity'] == 0
-  own = state.params, state.opt_state, state.batch_stats
-  same(own, (state.twin.params, state.twin.opt_state, state.twin.batch_stats))
+  for searched, at in ((0, state._replace(twin=twin)), (4, state)):
+    if searched:  # and so it is after the search, wherever λ is
+      objective = Objective('tolerance', tolerance=9.0, search=searched)
+      step = p.step(outer, rho_optimizer=rho_optimizer, objective=objective)
+    new, metrics = step(at, data, KEY)
+    assert metrics['restored']
+    assert metrics['group_sparsity'] == 0
+    own = new.params, new.opt_state, new.batch_stats
+    same(own, (new.twin.params, new.twin.opt_state, new.twin.batch_stats))
 
 
 def test_the_twin_has_no_tangent():
