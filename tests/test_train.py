@@ -578,7 +578,7 @@ def test_adapting_to_an_unseen_task_with_a_frozen_pattern(faces, tmp_path):
   # A run is as good a start as what was made of one, and has its tasks.
   c.initial = str(tmp_path / 'frozen')
   with pytest.raises(UserError, match='has the tasks male, smiling, eyeglasses'):
-    train.adapt(c, tmp_path / 'none')
+    train.adapt(c, tmp_path / 'another')
 
 
 @pytest.mark.slow
