@@ -277,11 +277,11 @@ def _relative(result, _):
 
 
 def _delta_m(sweep, results, result, seed):
-  """None without a baseline for every task."""
+  """None without a baseline for every task on the same data set."""
   baseline = {}
   for name, task in result.tasks.items():
     other = results.get(sweep.baselines.get(name, ''), {}).get(seed)
-    if other is None:
+    if other is None or not _same_data(other, result):
       return None
     key = f'{name}/{task.primary}'
     baseline[key] = other.test.get(key)
@@ -293,6 +293,10 @@ def _delta_m(sweep, results, result, seed):
     return None
 
 
+def _same_data(one, other):
+  return one.config.data.name == other.config.data.name
+
+
 def _at(result, key, step):
   steps, values = result.series('val', key)
   return float(values[steps == step][0]) if (steps == step).any() else None
@@ -302,7 +306,7 @@ def _steps_to_target(sweep, results, result, seed):
   """First evaluation as good as the target run's last one; None if there is none."""
   target = results.get(sweep.target.run, {}).get(seed)
   task = result.tasks.get(sweep.target.task)
-  if target is None or task is None:
+  if target is None or task is None or not _same_data(target, result):
     return None
   key = f'{task.name}/{task.primary}'
   wanted = target.series('val', key)[1]

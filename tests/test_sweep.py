@@ -24,6 +24,7 @@ SCORES = {  # (run, seed) -> test mIoU, and mIoU on val over time
   ('sparse', 0): (0.55, (0.2, 0.5, 0.6)),
   ('sparse', 1): (0.30, (0.1, 0.1, 0.3)),
   ('before', 0): (None, ()),
+  ('elsewhere', 0): (0.9, (0.9, 0.9, 0.9)),
 }
 
 
@@ -159,6 +160,16 @@ def test_the_first_runs_need_not_have_the_task_of_the_target(tmp_path, trained):
   before, alone = (tmp_path / 'table.md').read_text().splitlines()[2:4]
   assert before.startswith('| before | 1 | – | – |')
   assert alone.startswith('| alone | 1 | – | 0.500 |')
+
+
+def test_runs_on_another_data_set_are_not_compared(tmp_path, trained):
+  made = make(seeds=(0,))
+  config = base.DATA_SETS['camvid'].multitask.get_config('tiny')
+  base.add(made, 'elsewhere', config, {'tasks': ('segmentation',)})
+  sweep.run(made, tmp_path)
+  row = cells(tmp_path / 'table.csv')['elsewhere']
+  assert float(row['segmentation/miou ↑ mean']) == 0.9
+  assert row['Δm % mean'] == row['steps to alone mean'] == ''
 
 
 def test_other_settings_do_not_pass_for_the_old_ones(tmp_path, trained):
