@@ -260,6 +260,7 @@ def test_a_run_killed_while_saving_goes_on_exactly(
   same_run(tmp_path, finished[0])
 
 
+@pytest.mark.slow
 def test_a_run_asked_to_stop_saves_and_goes_on_exactly(
   finished, faces, tmp_path, monkeypatch
 ):
@@ -417,6 +418,7 @@ def test_what_is_not_finite_stops_the_run_and_is_named(faces, tmp_path, monkeypa
     assert checkpoints.latest_step() == 2  # the poisoned state was not saved
 
 
+@pytest.mark.slow
 def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
   c = config(
     faces,
@@ -550,6 +552,7 @@ def test_a_batch_is_drawn_to_look_at(faces):
   train.prepare(c)  # and it is not in the way of the data set
 
 
+@pytest.mark.slow
 def test_adapting_to_an_unseen_task_with_a_frozen_pattern(faces, tmp_path):
   c = config(faces, **{'meta.inner_steps': 0, 'train.steps': 2, 'data.hold_out': 0.0})
   c.sparsity.coefficient = 'none'
