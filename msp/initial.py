@@ -269,10 +269,13 @@ def fitting(initial: Initial, params: PyTree, batch_stats: PyTree) -> Fitting:
       f'{first}{"; …" if len(other) > 3 else ""}. Set model.depth, blocks, block and '
       f'norm to its own'
     )
-  # 'heads/male/…' and its 'log_vars/male' go together.
+  # A 'log_vars/male' goes with 'heads/male/…', and may be missing: a compact network
+  # has none.
   task = lambda path: path.split('/')[1]
-  unfit = {task(path) for path in differ}
-  fits = lambda path: path.startswith('backbone/') or task(path) not in unfit
+  unfit = {task(path) for path in differ if path.startswith('heads/')}
+  fits = lambda path: (
+    path not in differ and (path.startswith('backbone/') or task(path) not in unfit)
+  )
   pick = lambda arrays, tree: {
     path: arrays[path] for path in gr.by_path(tree) if fits(path)
   }
