@@ -126,10 +126,8 @@ def one_seed(arguments, seed):
   groups = learned.experiment.groups
   alive = {k: int(m.sum()) for k, m in gr.alive(groups, learned.params).items()}
   c = dense.config
-  size = tuple(c.data.image_size)
-  splits = data.open(c.data.name, train.folders(c)[1], size, c.data.hold_out)
   stream = data.train_iterator(
-    splits.train, c.tasks, batch_size=c.train.batch_size, seed=seed, flip=False
+    train.splits(c).train, c.tasks, batch_size=c.train.batch_size, seed=seed, flip=False
   )
   gradients = dense.gradients([next(stream) for _ in range(4)])
   for criterion in prune.CRITERIA:

@@ -242,7 +242,6 @@ def tiny(config: ConfigDict) -> None:
       config.train.batch_size = 32
     config.loss.edges = 'balanced'
     config.sparsity.tolerance = 0.05
-    _decay_rho(config, 'tolerance', 0.02)
   if config.data.name == 'camvid':
     config.data.image_size = (72, 96)
     # 20 nats in all, 7.5 of them in the search; the whole range of ρ is 6.9. On rooms
@@ -252,6 +251,7 @@ def tiny(config: ConfigDict) -> None:
     config.tasks = ('segmentation', 'edges', 'presence_bicyclist')
   elif config.data.name == 'nyud_mt':
     config.data.image_size = (48, 64)
+    _decay_rho(config, 'tolerance', 0.02)
     config.tasks = ('segmentation', 'depth', 'normals')
   else:
     config.data.image_size = (48, 48)

@@ -16,7 +16,6 @@ from data.labels import NO_LABEL, Label
 from data.pipeline import Source, Splits, eval_batches, open, train_iterator
 from data.preparation import labels, prepare, render
 from data.procedural_faces import render_faces
-from data.procedural_rooms import render_rooms
 
 __all__ = [
   'NO_LABEL',
@@ -30,6 +29,5 @@ __all__ = [
   'prepare',
   'render',
   'render_faces',
-  'render_rooms',
   'train_iterator',
 ]

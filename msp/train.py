@@ -233,11 +233,15 @@ def _objective(config, model, shape, hold_out_images):
     measure=sparsity.measure,
     positions=multitask.positions(model, shape) if by_flops else None,
     tolerance=sparsity.tolerance,
-    search=round(sparsity.search * config.train.steps),
+    search=_search_steps(config),
     hold_out_batches=max(hold_out_images / max(share, 1), 1.0),
   )
   objectives.check(objective)
   return objective
+
+
+def _search_steps(config):
+  return round(config.sparsity.search * config.train.steps)
 
 
 def _check(config):
@@ -310,6 +314,11 @@ def _check(config):
   if not 0 < sparsity.tangent_decay <= 1:
     raise UserError(
       f'sparsity.tangent_decay is {sparsity.tangent_decay}; it has to be in (0, 1]'
+    )
+  if not 0 <= sparsity.search < 1:
+    raise UserError(
+      f'sparsity.search is {sparsity.search}; the share of the steps that only search '
+      f'for λ has to be in [0, 1)'
     )
   if not 0 < sparsity.start <= 1:
     raise UserError(
@@ -455,20 +464,12 @@ def contact_sheet(config: ConfigDict) -> Path:
   Returns:
     Path of the picture, beside the prepared data set: each image with its labels.
   """
-  size = tuple(config.data.image_size)
   tasks = task_module.make(config.tasks, data.labels(config.data.name))
-  splits = data.open(
-    config.data.name,
-    folders(config)[1],
-    size,
-    config.data.hold_out,
-    train_share=config.data.train_share,
-    seed=config.seed,
-  )
+  train_part = splits(config).train
   stream = data.train_iterator(
-    splits.train,
+    train_part,
     config.tasks,
-    batch_size=min(PANELS, len(splits.train)),
+    batch_size=min(PANELS, len(train_part)),
     seed=config.seed,
     flip=config.data.flip,
     missing=config.data.missing,
@@ -479,11 +480,24 @@ def contact_sheet(config: ConfigDict) -> Path:
     for name, task in tasks.items()
   ]
   image = np.round(batch['image'] * 255).astype(np.uint8)
-  path = folders(config)[1] / f'{config.data.name}_{size[0]}x{size[1]}.png'
+  rows, columns = config.data.image_size
+  path = folders(config)[1] / f'{config.data.name}_{rows}x{columns}.png'
   with matplotlib.rc_context(figures.STYLE):
     drawn = figures.predictions(image, panels)
     workdir_module.write(path, lambda f: drawn.savefig(f, format='png'))
   return path
+
+
+def splits(config: ConfigDict) -> data.Splits:
+  """The parts of a run's data set, which is prepared; see `data.open`."""
+  return data.open(
+    config.data.name,
+    folders(config)[1],
+    tuple(config.data.image_size),
+    config.data.hold_out,
+    train_share=config.data.train_share,
+    seed=config.seed,
+  )
 
 
 def folders(config):
@@ -924,22 +938,15 @@ def _open(config, devices, workdir, *, skip_corrupt=False) -> Run:
   processes.first_does(lambda: prepare(config, skip_corrupt=skip_corrupt))
   if not processes.is_first():  # finds it done, or has a disk of its own
     prepare(config, skip_corrupt=skip_corrupt)
-  splits = data.open(
-    config.data.name,
-    folders(config)[1],
-    tuple(config.data.image_size),
-    config.data.hold_out,
-    train_share=config.data.train_share,
-    seed=config.seed,
-  )
-  hold_out_images = 1 if splits.hold_out is None else len(splits.hold_out)
+  parts = splits(config)
+  hold_out_images = 1 if parts.hold_out is None else len(parts.hold_out)
   experiment = build(config, labels, hold_out_images, workdir)
   logger.info(
     'groups: %d kernels match %r',
     len(experiment.groups.layers),
     config.sparsity.pattern,
   )
-  return Run(config, experiment, splits, mesh)
+  return Run(config, experiment, parts, mesh)
 
 
 def _check_batch(config, devices):
@@ -968,8 +975,9 @@ def _loop(run, state, progress, feed, checkpoints, writer):
   start = int(state.step)
   images = len(run.splits.train)
   clock = Clock(start)
-  search = round(config.sparsity.search * c.steps)
-  monitor = Monitor(config.sparsity.min_alive, groups, state.params, search)
+  monitor = Monitor(
+    config.sparsity.min_alive, groups, state.params, _search_steps(config)
+  )
   logger.info('compiling the training step (the first one takes a while)')
 
   def record(step, metrics):

@@ -8,7 +8,7 @@ import safetensors.numpy
 from msp import compact
 from msp import groups as gr
 from msp.errors import UserError
-from msp.initial import fitting, kept_shape, read
+from msp.initial import fitting, kept_shape, read, tasks
 from msp.models import multitask
 from tests.networks import HEADS, small_network
 
@@ -215,6 +215,16 @@ def test_a_compact_network_with_another_head(tmp_path):
   assert any(p.startswith('heads/regions') for p in fresh)
   assert not any(p.startswith('heads/regions') for p in used)
   assert any(p.startswith('heads/smiling') for p in used)
+
+
+def test_the_tasks_of_a_run_are_those_of_its_data_set(tmp_path):
+  content = '{"tasks": ["segmentation", "male"], "data": {"name": "celebamask_hq"}}'
+  (tmp_path / 'config.json').write_text(content)
+  known = tasks(str(tmp_path), 'celebamask_hq')
+  assert known == ['segmentation', 'male']
+  assert tasks(str(tmp_path), 'nyud_mt') == []
+  small(tmp_path)
+  assert set(tasks(str(tmp_path / 'compact'), 'nyud_mt')) == set(HEADS)
 
 
 def test_what_cannot_be_begun_with(tmp_path):

@@ -183,6 +183,15 @@ def test_extreme_logits_stay_finite(loss, make):
   assert np.all(np.isfinite(gradient))
 
 
+def test_a_task_without_a_label_leaves_its_uncertainty_alone():
+  total = lambda s: losses.combine(
+    {'a': jnp.asarray(2.0), 'b': jnp.asarray(0.0)}, how='uncertainty', log_vars=s
+  )
+  slopes = jax.grad(total)({'a': jnp.asarray(0.3), 'b': jnp.asarray(0.5)})
+  assert slopes['b'] == 0
+  np.testing.assert_allclose(slopes['a'], 1 - 2 * np.exp(-0.3), rtol=1e-6)
+
+
 LOSSES = {'a': 2.0, 'b': 0.5, 'c': 3.0}
 LOG_VARS = {'a': 0.3, 'b': -0.2, 'c': 1.0}
 

@@ -2,7 +2,7 @@
 
   python launch.py --mode sweep --config configs/sweeps/less_is_more.py:nyu
   ... less_is_more.py:celeba
-On a stand-in, small (2 CPU cores, about 3 minutes a run, 23 runs a seed):
+On a stand-in, small (2 CPU cores, about 3 minutes a run, 24 runs a seed):
   ... less_is_more.py:nyu,procedural,tiny
 """
 
