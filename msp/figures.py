@@ -47,7 +47,10 @@ STYLE = {
 
 WIDTH = 9.0  # inches
 
-ACRONYMS = {'miou': 'mIoU', 'iou': 'IoU', 'f1': 'F1', 'mae': 'MAE', 'auroc': 'AUROC'}
+ACRONYMS = {
+  'miou': 'mIoU', 'iou': 'IoU', 'f1': 'F1', 'mae': 'MAE', 'rmse': 'RMSE',
+  'auroc': 'AUROC',
+}  # fmt: skip
 
 
 class Layer(NamedTuple):

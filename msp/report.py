@@ -23,6 +23,8 @@ Row = Mapping[str, Any]
 
 # Of a task's metrics the first that is there stands for it at the top of the page.
 PRIMARY = ('miou', 'balanced_accuracy', 'f1', 'rmse', 'mean_angle')
+# Of another unit than the task's other metrics, whose axis would hide them.
+NOT_DRAWN = ('f1_threshold', 'within_', 'images_without_label')
 PICTURES = 6
 
 LEGENDS = {
@@ -402,7 +404,9 @@ def _body(log, figure) -> Iterable[str]:
       'validation',
       figures.validation(
         log.validation,
-        {t: [m for m in ms if m != 'f1_threshold'] for t, ms in metrics.items()},
+        {
+          t: [m for m in ms if not m.startswith(NOT_DRAWN)] for t, ms in metrics.items()
+        },
       ),
       'Metrics on the whole validation split, at the resolution of the labels.',
     )
