@@ -434,8 +434,9 @@ def _write_page(sweep, results, failures, workdir, columns, cells, lines):
       curves = {
         name: [r.series('val', key) for r in seeds.values()]
         for name, seeds in results.items()
-        if any(key in row for r in seeds.values() for row in r.rows)
       }
+      # A task that a run lacks, or that no picture of the split has an example of.
+      curves = {n: c for n, c in curves.items() if any(steps.size for steps, _ in c)}
       if not curves:
         continue
       yield figure(

@@ -25,6 +25,7 @@ SCORES = {  # (run, seed) -> test mIoU, and mIoU on val over time
   ('sparse', 1): (0.30, (0.1, 0.1, 0.3)),
   ('before', 0): (None, ()),
   ('elsewhere', 0): (0.9, (0.9, 0.9, 0.9)),
+  ('rare', 0): (0.7, ()),
 }
 
 
@@ -109,6 +110,15 @@ def test_the_table(tmp_path, trained):
   assert names == {
     'results', 'coefficient', 'progress_segmentation_miou', 'patterns'
   }  # fmt: skip
+
+
+def test_a_metric_that_only_the_test_split_has_draws_no_empty_figure(tmp_path, trained):
+  made = base.new('trial', '')
+  made.seeds = (0,)
+  config = base.DATA_SETS['celeba'].multitask.get_config('procedural,tiny')
+  base.add(made, 'rare', config, {'tasks': ('segmentation',)})
+  page = sweep.run(made, tmp_path)
+  assert {path.stem for path in page.parent.glob('*.png')} == {'results', 'patterns'}
 
 
 def test_only_what_is_missing_is_trained(tmp_path, trained):
