@@ -86,6 +86,9 @@ def base() -> ConfigDict:
   config.sparsity.granularity = 'scalar'  # 'scalar' | 'stage' | 'layer'
   config.sparsity.metric = 'adam'  # of the outer prox: 'adam' | 'euclidean'
   config.sparsity.min_alive = 1  # groups of each layer that survive
+  # Share of the steps, the last ones, in which dead groups stay dead: see
+  # msp.transforms.freeze_dead.
+  config.sparsity.settle = 0.0
   config.sparsity.hypergradient = 'forward'  # see msp.hypergradient.MODES
   config.sparsity.truncation = 1  # of 'truncated': steps it sees
   config.sparsity.solver = ConfigDict()  # of 'implicit'
@@ -227,6 +230,7 @@ def tiny(config: ConfigDict) -> None:
   config.meta.exact = False
   config.meta.inner_steps = min(config.meta.inner_steps, 1)
   config.sparsity.start = 0.01
+  config.sparsity.settle = 0.4
   config.sparsity.objective = 'tolerance'
   _decay_rho(config, 'holdout', 4e-3)
   _decay_rho(config, 'budget', 0.05)

@@ -141,6 +141,8 @@ def build(
   outer = _optimizer(
     config.optimizer, 'optimizer', penalty, sparsity, groups, sparsity.metric, online
   )
+  if has_coefficient and sparsity.settle:
+    outer = optax.chain(outer, transforms.freeze_dead(groups, _settled(config)))
   inner = _optimizer(
     config.meta.optimizer,
     'meta.optimizer',
@@ -231,6 +233,7 @@ def _objective(config, model, shape, hold_out_images):
     kind=sparsity.objective,
     target=sparsity.target,
     measure=sparsity.measure,
+    settled=_settled(config) if sparsity.settle else None,
     positions=multitask.positions(model, shape) if by_flops else None,
     tolerance=sparsity.tolerance,
     search=_search_steps(config),
@@ -242,6 +245,11 @@ def _objective(config, model, shape, hold_out_images):
 
 def _search_steps(config):
   return round(config.sparsity.search * config.train.steps)
+
+
+def _settled(config):
+  """The step from which dead groups stay dead."""
+  return round((1 - config.sparsity.settle) * config.train.steps)
 
 
 def _check(config):
@@ -288,6 +296,11 @@ def _check(config):
     raise UserError(
       f'sparsity.value is {sparsity.value}; a fixed λ has to be above 0 '
       f'(for a dense run set sparsity.coefficient=none)'
+    )
+  if not 0 <= sparsity.settle < 1:
+    raise UserError(
+      f'sparsity.settle is {sparsity.settle}; the share of the steps, the last ones, '
+      f'in which dead groups stay dead has to be in [0, 1)'
     )
   if sparsity.coefficient != 'learned':
     return
@@ -367,12 +380,12 @@ def _check_fixed_point(config, params, inner):
 
 
 def _optimizer(entries, where, penalty, sparsity, groups, metric, differentiated):
-  """The chain that `entries` name, with the prox last if there is a λ."""
+  """The chain that `entries` name, then the prox if there is a λ."""
   chain = transforms.build(entries, where, differentiated=differentiated)
   if sparsity.coefficient == 'frozen':
-    chain = optax.chain(chain, transforms.freeze_dead(groups))
-  if sparsity.coefficient in ('none', 'frozen'):
-    return optax.with_extra_args_support(chain)
+    return optax.chain(chain, transforms.freeze_dead(groups))
+  if sparsity.coefficient == 'none':
+    return chain
   steps = [entry for entry in entries if 'learning_rate' in entry]
   if not steps:
     raise UserError(

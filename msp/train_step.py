@@ -271,9 +271,16 @@ def make_train_step(
     key_draw, key_run = jax.random.split(key)
     draw = episode_draw if inner_steps else 'full'
     rows = episodes.draw(key_draw, len(names), draw)
+    settling = None
+    if learned and objective.kind == 'budget' and objective.settled is not None:
+      settling = objectives.settling(objective, groups, state.step, state.params)
 
     def outer_step(params_and_opt_state, rho, batch_stats=state.batch_stats):
       params, opt_state = params_and_opt_state
+      extra = {}
+      if settling is not None:
+        rho = jnp.where(settling.met, -jnp.inf, rho)  # λ = 0
+        extra['thaw'] = settling.over
       means, stats, seen = run_episodes(
         state._replace(params=params, rho=rho, batch_stats=batch_stats),
         batches,
@@ -281,7 +288,8 @@ def make_train_step(
         rows,
       )
       sparsity = coefficient(rho, state.lambda_max)
-      extra = {} if sparsity is None else {'sparsity': sparsity}
+      if sparsity is not None:
+        extra['sparsity'] = sparsity
       updates, new_opt_state = outer.update(means['params'], opt_state, params, **extra)
       new = optax.apply_updates(params, updates), new_opt_state
       if isinstance(rows, jax.Array):
@@ -329,6 +337,8 @@ def make_train_step(
         tangent = jax.tree.map(lambda z: jnp.where(restored, 0, z), tangent)
     elif learned and objective.kind == 'budget':
       violation = objectives.budget_violation(objective, groups, params)
+      if settling is not None:
+        violation = jnp.where(settling.met, 0, violation)
     if learned:
       direction = rho_gradient
       if violation is not None:

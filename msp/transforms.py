@@ -168,27 +168,47 @@ def adaptive_proximal(
 class FreezeDeadState(NamedTuple):
   """State of `freeze_dead`."""
 
-  alive: dict[str, jax.Array]  # layer -> bool for each group
+  count: jax.Array  # steps done, shape (), int32
 
 
-def freeze_dead(groups: gr.Groups) -> optax.GradientTransformation:
-  """Keeps the groups that are exactly 0 at `init` at 0: the pattern is frozen.
+def freeze_dead(
+  groups: gr.Groups, after: int = 0
+) -> optax.GradientTransformationExtraArgs:
+  """Keeps groups that are exactly 0 at 0, from step `after` on.
 
   u_g ← 0 for a dead group g, so p + u stays 0 there; all others pass through. The last
-  link of a chain, where `proximal` would stand.
+  link of a chain, behind any prox.
+
+  A prox on single batches does not identify the pattern: the noise of a batch's
+  gradient lifts a dead group for a few steps, now and then, to the end of training. So
+  a first phase finds the pattern, and a second one trains what is left of it. (Lee &
+  Wright, Manifold identification in dual averaging, JMLR 13, 2012, section 5.)
 
   Args:
     groups: which leaves, and along which axis.
+    after: steps in which dead groups may still come back.
+
+  Returns:
+    A transform whose `update` needs `params`. With the keyword `thaw` (shape (), bool)
+    groups may come back in a step nevertheless.
   """
 
   def init(params):
-    return FreezeDeadState(gr.alive(groups, params))
-
-  def update(updates, state, params=None):
     del params
-    return gr.remove(groups, updates, state.alive), state
+    return FreezeDeadState(jnp.zeros([], jnp.int32))
 
-  return optax.GradientTransformation(init, update)
+  def update(updates, state, params=None, *, thaw=False, **extra_args):
+    del extra_args
+    if params is None:
+      raise ValueError(_NO_PARAMS)
+    keep = {
+      layer: alive | thaw | (state.count < after)
+      for layer, alive in gr.alive(groups, params).items()
+    }
+    count = optax.safe_increment(state.count)
+    return gr.remove(groups, updates, keep), FreezeDeadState(count)
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _step_size(learning_rate, count):

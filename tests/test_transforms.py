@@ -439,3 +439,29 @@ def test_a_frozen_pattern_stays_and_the_rest_trains_as_without(axis):
   # Updates are made leaf by leaf, so nothing else may differ.
   wanted = gr.remove(groups, free, keep)
   jax.tree.map(np.testing.assert_array_equal, held, wanted)
+
+
+def test_dead_groups_come_back_until_the_pattern_settles():
+  params = make_params()
+  groups = gr.find(params)
+  dead = gr.remove(
+    groups, params, {k: jnp.zeros_like(m) for k, m in gr.alive(groups, params).items()}
+  )
+  tx = optax.chain(optax.sgd(0.1), transforms.freeze_dead(groups, after=2))
+  state = tx.init(dead)
+
+  def alive_after(state):
+    updates, state = tx.update(GRADS, state, dead)
+    alive = gr.alive(groups, optax.apply_updates(dead, updates))
+    return state, [bool(mask.all()) for mask in alive.values()]
+
+  seen = []
+  for _ in range(4):
+    state, alive = alive_after(state)
+    seen.append(alive)
+  assert all(all(alive) for alive in seen[:2])
+  assert not any(any(alive) for alive in seen[2:])
+  updates, state = tx.update(GRADS, state, dead, thaw=jnp.asarray(True))
+  assert all(mask.all() for mask in gr.alive(groups, updates).values())
+  with pytest.raises(ValueError, match='needs the params'):
+    tx.update(GRADS, state)
