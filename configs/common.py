@@ -171,6 +171,7 @@ def learn_coefficient(config: ConfigDict) -> None:
   """Makes it Meta-Sparsity: inner steps, and λ learned on a part of train."""
   config.meta.inner_steps = 3
   config.sparsity.coefficient = 'learned'
+  config.sparsity.settle = 0.4
   config.data.hold_out = 0.2
 
 
@@ -194,23 +195,18 @@ def apply(config: ConfigDict, given: set[str]) -> None:
     tiny(config)
 
 
-def decaying(
-  config: ConfigDict, entry: ConfigDict, peak: float, exponent: float = 1.0
-) -> ConfigDict:
-  """An optimiser's entry with a step size that falls from `peak` to 0 in train.steps.
-
-  A constant one keeps groups dying and coming back to the end.
-  """
-  schedule = ConfigDict(dict(name='cosine_decay_schedule', init_value=peak))
-  schedule.exponent = exponent
-  schedule.decay_steps = config.train.get_ref('steps')
-  return ConfigDict(entry.to_dict() | dict(learning_rate=schedule))
+def cosine(config: ConfigDict, peak: float) -> ConfigDict:
+  """A step size that falls from `peak` to 0 in train.steps."""
+  steps = config.train.get_ref('steps')
+  return ConfigDict(
+    dict(name='cosine_decay_schedule', init_value=peak, decay_steps=steps)
+  )
 
 
-def _decay_rho(config, objective, peak, exponent=1.0):
-  """Makes the step of ρ under one objective a decaying one."""
+def _step_of_rho(config, objective, schedule):
+  """Gives ρ a step size under one objective."""
   entries = list(config.sparsity.optimizers[objective])
-  entries[-2] = decaying(config, entries[-2], peak, exponent)
+  entries[-2] = ConfigDict(entries[-2].to_dict() | dict(learning_rate=schedule))
   config.sparsity.optimizers[objective] = entries
 
 
@@ -225,15 +221,16 @@ def tiny(config: ConfigDict) -> None:
   config.model.head_features = 32
   config.model.dropout = 0.0
   config.loss.resolution = 'label'
-  config.optimizer = [decaying(config, config.optimizer[0], 2e-3)]
+  adamw = config.optimizer[0].to_dict() | dict(learning_rate=cosine(config, 2e-3))
+  config.optimizer = [ConfigDict(adamw)]
   config.meta.episodes = 'full'
   config.meta.exact = False
   config.meta.inner_steps = min(config.meta.inner_steps, 1)
   config.sparsity.start = 0.01
   config.sparsity.settle = 0.4
   config.sparsity.objective = 'tolerance'
-  _decay_rho(config, 'holdout', 4e-3)
-  _decay_rho(config, 'budget', 0.05)
+  _step_of_rho(config, 'holdout', cosine(config, 4e-3))
+  _step_of_rho(config, 'budget', cosine(config, 0.05))
   config.train.steps = 420
   config.train.log_every = 5
   config.train.evaluate_every = 60
@@ -248,14 +245,18 @@ def tiny(config: ConfigDict) -> None:
     config.sparsity.tolerance = 0.05
   if config.data.name == 'camvid':
     config.data.image_size = (72, 96)
-    # 20 nats in all, 7.5 of them in the search; the whole range of ρ is 6.9. On rooms
-    # so large a step overshoots and cannot come back.
-    _decay_rho(config, 'tolerance', 0.15, exponent=3.0)
+    # 16 nats in all, 6 of them in the search; the whole range of ρ is 6.9. After that
+    # nearly c/t, which averages the noise of the gaps (Robbins & Monro). On rooms so
+    # large a step overshoots and cannot come back.
+    schedule = dict(name='exponential_decay', init_value=0.15, decay_rate=0.02)
+    schedule = ConfigDict(schedule)
+    schedule.transition_steps = config.train.get_ref('steps')
+    _step_of_rho(config, 'tolerance', schedule)
     config.sparsity.search = 0.125
     config.tasks = ('segmentation', 'edges', 'presence_bicyclist')
   elif config.data.name == 'nyud_mt':
     config.data.image_size = (48, 64)
-    _decay_rho(config, 'tolerance', 0.02)
+    _step_of_rho(config, 'tolerance', cosine(config, 0.02))
     config.tasks = ('segmentation', 'depth', 'normals')
   else:
     config.data.image_size = (48, 48)

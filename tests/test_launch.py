@@ -154,6 +154,7 @@ MISTAKES = [
   ({'data.missing': 1.0}, r'data.missing is 1\.0; it has to be in \[0, 1\)'),
   ({'data.missing': 0.1, 'tasks': ('male',)}, 'and 0 for a single task'),
   ({'sparsity.search': 52.0}, r'search is 52\.0; .* in \[0, 1\)'),
+  ({'sparsity.settle': 1.0}, r'settle is 1\.0; .* in \[0, 1\)'),
   ({'sparsity.coefficient': 'frozen'}, 'frozen keeps the dead groups of config.init'),
   ({'meta.inner_steps': 0}, 'needs meta.inner_steps of at least 1'),
   ({'meta.inner_steps': -1}, 'meta.inner_steps is -1'),
