@@ -46,6 +46,23 @@ ROWS = {
   'meta holdout': (True, HOLDOUT),
   'meta budget 0.7': (True, base.budget(0.7)),
   'meta dense': (True, base.NO_COEFFICIENT),
+  # One change each, of 'tolerance from 0.01' and of 'meta'.
+  **{
+    f'tolerance, {name}': (False, base.LEARNED | {f'sparsity.{k}': v for k, v in c})
+    for name, *c in (
+      ('never settles', ('settle', 0.0)),
+      ('Euclidean prox', ('metric', 'euclidean')),
+      ('no survival floor', ('min_alive', 0)),
+      ('output channels', ('axis', 'out')),
+      ('coupled groups', ('axis', 'coupled')),
+      ('sparse group lasso', ('penalty', 'sparse_group_lasso')),
+      ('group MCP', ('penalty', 'group_mcp')),
+      ('group SCAD', ('penalty', 'group_scad')),
+    )
+  },
+  'meta, K = 3': (True, {'meta.inner_steps': 3}),
+  'meta, exact': (True, {'meta.exact': True}),
+  'meta, one λ a layer': (True, {'sparsity.granularity': 'layer'}),
 }
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data
+from benchmarks import learned_lambda
 from configs.sweeps import base
 from data import DataError
 from msp import sweep, train, workdir
@@ -250,6 +252,16 @@ def test_every_sweep_is_possible(file):
       if config.sparsity.coefficient == 'frozen':
         config.sparsity.coefficient = 'none'
       train._check(config)
+
+
+def test_every_row_of_the_benchmark_of_learned_λ_is_possible():
+  made = learned_lambda.make('camvid', list(learned_lambda.ROWS), seeds=1)
+  sweep.check(made)
+  for entry in made.runs:
+    config = sweep.configuration(made, entry, 0, Path('w'))
+    train.build(config, data.labels(config.data.name))
+  with pytest.raises(UserError, match="unknown row 'tolerence'; known: dense"):
+    learned_lambda.make('camvid', ['tolerence'], seeds=1)
 
 
 def test_the_sweeps_are_those_of_the_papers():
