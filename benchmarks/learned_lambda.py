@@ -48,7 +48,7 @@ ROWS = {
   'meta dense': (True, base.NO_COEFFICIENT),
   # One change each, of 'tolerance from 0.01' and of 'meta'.
   **{
-    f'tolerance, {name}': (False, base.LEARNED | {f'sparsity.{k}': v for k, v in c})
+    f'tolerance: {name}': (False, base.LEARNED | {f'sparsity.{k}': v for k, v in c})
     for name, *c in (
       ('never settles', ('settle', 0.0)),
       ('Euclidean prox', ('metric', 'euclidean')),
@@ -60,21 +60,24 @@ ROWS = {
       ('group SCAD', ('penalty', 'group_scad')),
     )
   },
-  'meta, K = 3': (True, {'meta.inner_steps': 3}),
-  'meta, exact': (True, {'meta.exact': True}),
-  'meta, one λ a layer': (True, {'sparsity.granularity': 'layer'}),
+  'meta: K = 3': (True, {'meta.inner_steps': 3}),
+  'meta: exact': (True, {'meta.exact': True}),
+  'meta: one λ a layer': (True, {'sparsity.granularity': 'layer'}),
 }
 
 
+ALL_ROWS = ','.join(ROWS)
+
+
 def make(
-  data_set: str, names: list[str], seeds: int, source: str = '', steps: int = 0
+  data_set: str, rows: str, seeds: int, source: str = '', steps: int = 0
 ) -> ConfigDict:
-  """The sweep of some rows."""
+  """The sweep of some rows, whose names have commas between them."""
   made = base.new('learned_lambda', data_set)
   made.update(seeds=tuple(range(seeds)), steps=steps)
   setting = base.parse(DATA[data_set])
   made.sources[setting.multitask().data.name] = source
-  for name in names:
+  for name in map(str.strip, rows.split(',')):
     if name not in ROWS:
       raise UserError(f'unknown row {name!r}; known: {", ".join(ROWS)}')
     inner, changes = ROWS[name]
@@ -100,11 +103,14 @@ def arguments_of(description, **options):
 
 
 def main():
-  arguments = arguments_of(__doc__, rows=','.join(ROWS))
-  names = [name.strip() for name in arguments.rows.split(',')]
+  arguments = arguments_of(__doc__, rows=ALL_ROWS)
   try:
     made = make(
-      arguments.data_set, names, arguments.seeds, arguments.source, arguments.steps
+      arguments.data_set,
+      arguments.rows,
+      arguments.seeds,
+      arguments.source,
+      arguments.steps,
     )
     page = sweep.run(made, arguments.out)
   except (UserError, data.DataError) as e:

@@ -109,6 +109,7 @@ def adapt(
   sparsity: jax.Array | float | None = None,
   unroll: bool = False,
   again: bool = False,
+  **extra_args: Any,
 ) -> tuple[PyTree, PyTree]:
   """θ⁰ → θᴷ: one optimiser step for each of K batches.
 
@@ -132,13 +133,14 @@ def adapt(
       XLA runs convolutions in a loop body 6 to 100 times slower; elsewhere the
       rolled `lax.scan` compiles in time independent of K.
     again: whether the derivative of θᴷ will itself be differentiated.
+    **extra_args: further arguments of the updates of `tx`.
 
   Returns:
     θᴷ, and (L, auxiliary tree) of every step, with a leading axis of length K.
   """
   value_and_gradient = gradient(loss, again=again)
   tx = optax.with_extra_args_support(tx)
-  extra = {} if sparsity is None else {'sparsity': sparsity}
+  extra = extra_args | ({} if sparsity is None else {'sparsity': sparsity})
 
   def step(carry, batch):
     params, opt_state = carry

@@ -138,6 +138,9 @@ def build(
     multitask.streams(model),
   )
   has_coefficient = sparsity.coefficient in ('fixed', 'learned')
+  settled = None
+  if has_coefficient and sparsity.settle:
+    settled = round((1 - sparsity.settle) * config.train.steps)
   learned = sparsity.coefficient == 'learned'
   objective = _objective(config, model, shape, hold_out_images)
   differentiated = learned and objectives.differentiates(
@@ -147,8 +150,6 @@ def build(
   outer = _optimizer(
     config.optimizer, 'optimizer', penalty, sparsity, groups, sparsity.metric, online
   )
-  if has_coefficient and sparsity.settle:
-    outer = optax.chain(outer, transforms.freeze_dead(groups, _settled(config)))
   inner = _optimizer(
     config.meta.optimizer,
     'meta.optimizer',
@@ -211,6 +212,7 @@ def build(
     solver=Solver(**sparsity.solver),
     tangent_decay=sparsity.tangent_decay,
     tangent_max_norm=sparsity.tangent_max_norm,
+    settled=settled,
     unroll=unroll,
   )
   return Experiment(model, tasks, groups, init, train_step, fitting)
@@ -239,7 +241,6 @@ def _objective(config, model, shape, hold_out_images):
     kind=sparsity.objective,
     target=sparsity.target,
     measure=sparsity.measure,
-    settled=_settled(config) if sparsity.settle else None,
     positions=multitask.positions(model, shape) if by_flops else None,
     tolerance=sparsity.tolerance,
     search=_search_steps(config),
@@ -251,11 +252,6 @@ def _objective(config, model, shape, hold_out_images):
 
 def _search_steps(config):
   return round(config.sparsity.search * config.train.steps)
-
-
-def _settled(config):
-  """The step from which dead groups stay dead."""
-  return round((1 - config.sparsity.settle) * config.train.steps)
 
 
 def _check(config):
@@ -310,6 +306,19 @@ def _check(config):
     )
   if sparsity.coefficient != 'learned':
     return
+  if sparsity.settle and sparsity.objective == 'budget':
+    inside = sparsity.penalty == 'sparse_group_lasso' and sparsity.axis != 'weight'
+    if inside and sparsity.measure == 'weights':
+      raise UserError(
+        'sparsity.measure=weights counts the zeros that sparse_group_lasso makes '
+        'inside of living groups, and those do not settle; set sparsity.settle=0 or '
+        'sparsity.measure=groups'
+      )
+  if sparsity.search > 1 - sparsity.settle:
+    raise UserError(
+      f'sparsity.search is {sparsity.search} and sparsity.settle {sparsity.settle}: '
+      f'the search for λ has to end before dead groups stay dead'
+    )
   online = sparsity.hypergradient == 'online'
   constrained = sparsity.objective != 'holdout' and sparsity.granularity == 'scalar'
   if inner_steps == 0 and not online and not constrained:
@@ -388,9 +397,11 @@ def _check_fixed_point(config, params, inner):
 def _optimizer(entries, where, penalty, sparsity, groups, metric, differentiated):
   """The chain that `entries` name, then the prox if there is a λ."""
   chain = transforms.build(entries, where, differentiated=differentiated)
-  if sparsity.coefficient == 'frozen':
-    return optax.chain(chain, transforms.freeze_dead(groups))
   if sparsity.coefficient == 'none':
+    return chain
+  if sparsity.coefficient == 'frozen' or sparsity.settle:
+    chain = optax.chain(chain, transforms.freeze_dead(groups))
+  if sparsity.coefficient == 'frozen':
     return chain
   steps = [entry for entry in entries if 'learning_rate' in entry]
   if not steps:

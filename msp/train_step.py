@@ -104,6 +104,7 @@ def make_train_step(
   solver: Solver = CG,
   tangent_decay: float = 0.99,
   tangent_max_norm: float = 1.0,
+  settled: int | None = None,
   unroll: bool = False,
 ) -> Step:
   """Builds the pure function (state, batches, key) -> (state, metrics).
@@ -137,12 +138,16 @@ def make_train_step(
     solver: of 'implicit'.
     tangent_decay: γ of 'online'.
     tangent_max_norm: bound of the tangent of 'online'.
+    settled: steps after which the optimisers are told not to let dead groups come back
+      (`msp.transforms.freeze_dead`), and a budget that is met trains on with λ = 0;
+      None: never.
     unroll: inner steps and episodes as one straight program (CPU) or as loops.
 
   Returns:
     The step. `batches` has 'query', with K > 0 'support', with a rho_optimizer
     'hold_out'. Metrics are scalars but for 'alive', shape (layers,), int32, and
-    'lambda', 'lambda_relative' (λ/λ_max) and 'hypergradient', of ρ's shape.
+    'lambda', 'lambda_relative' (λ/λ_max) and 'hypergradient', of ρ's shape. λ is that
+    of ρ, also where a budget is met and the step makes no use of it.
     'violation' is what drives ρ under a constraint (> 0: λ too large), 'gap/<task>'
     and 'gap_allowed/<task>' the hold-out loss against the twin's and its bound,
     'restored' whether the network has become its twin again;
@@ -162,7 +167,7 @@ def make_train_step(
       model, tasks, combination, params, batch_stats, batch, key, present
     )
 
-  def episode(state, batches, key, row):
+  def episode(state, batches, key, row, extra):
     present = {
       name: bool(row[i]) if isinstance(row, np.ndarray) else row[i]
       for i, name in enumerate(names)
@@ -185,6 +190,7 @@ def make_train_step(
         unroll=unroll,
         # The exact gradient holds a derivative already, which `online` takes again.
         again=exact and learns_online,
+        **extra,
       )
 
     hold_out = None
@@ -231,24 +237,26 @@ def make_train_step(
         sums['rho'] = gradients.rho
     return sums, stats, present
 
-  def run_episodes(state, batches, key, rows):
+  def run_episodes(state, batches, key, rows, extra):
     count = len(rows)
     keys = jax.random.split(key, count)
 
     def body(carry, item):
       total, stats = carry
-      sums, new, present = episode(state, batches, *item)
+      sums, new, present = episode(state, batches, *item, extra)
       total = jax.tree.map(jnp.add, total, sums)
       return (total, _merge_stats(stats, new, present)), None
 
     if unroll or count == 1:
-      total, stats, present = episode(state, batches, keys[0], rows[0])
+      total, stats, present = episode(state, batches, keys[0], rows[0], extra)
       carry = total, _merge_stats(state.batch_stats, stats, present)
       for item in zip(keys[1:], rows[1:], strict=True):
         carry, _ = body(carry, item)
     else:
       rows = jnp.asarray(rows)
-      shapes = jax.eval_shape(lambda: episode(state, batches, keys[0], rows[0])[0])
+      shapes = jax.eval_shape(
+        lambda: episode(state, batches, keys[0], rows[0], extra)[0]
+      )
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
       carry, _ = jax.lax.scan(body, (zeros, state.batch_stats), (keys, rows))
     total, stats = carry
@@ -271,21 +279,24 @@ def make_train_step(
     key_draw, key_run = jax.random.split(key)
     draw = episode_draw if inner_steps else 'full'
     rows = episodes.draw(key_draw, len(names), draw)
-    settling = None
-    if learned and objective.kind == 'budget' and objective.settled is not None:
-      settling = objectives.settling(objective, groups, state.step, state.params)
+    frozen = met = None
+    if settled is not None:
+      frozen = state.step >= settled  # dead groups stay dead
+      if learned and objective.kind == 'budget':
+        met, over = objectives.settling(objective, groups, state.params)
+        met, frozen = frozen & met, frozen & ~over
 
     def outer_step(params_and_opt_state, rho, batch_stats=state.batch_stats):
       params, opt_state = params_and_opt_state
-      extra = {}
-      if settling is not None:
-        rho = jnp.where(settling.met, -jnp.inf, rho)  # λ = 0
-        extra['thaw'] = settling.over
+      if met is not None:
+        rho = jnp.where(met, -jnp.inf, rho)  # λ = 0
+      extra = {} if frozen is None else {'thaw': ~frozen}
       means, stats, seen = run_episodes(
         state._replace(params=params, rho=rho, batch_stats=batch_stats),
         batches,
         key_run,
         rows,
+        extra,
       )
       sparsity = coefficient(rho, state.lambda_max)
       if sparsity is not None:
@@ -337,14 +348,18 @@ def make_train_step(
         tangent = jax.tree.map(lambda z: jnp.where(restored, 0, z), tangent)
     elif learned and objective.kind == 'budget':
       violation = objectives.budget_violation(objective, groups, params)
-      if settling is not None:
-        violation = jnp.where(settling.met, 0, violation)
     if learned:
       direction = rho_gradient
       if violation is not None:
-        direction = objectives.signal(violation, rho, rho_gradient)
+        common = violation
+        if frozen is not None and objective.kind == 'tolerance':
+          # What a larger λ killed would be gone for good.
+          common = jnp.where(frozen, jnp.maximum(violation, 0), violation)
+        direction = objectives.signal(common, rho, rho_gradient)
       rho_updates, rho_opt_state = rho_optimizer.update(direction, rho_opt_state, rho)
       rho = optax.apply_updates(rho, rho_updates)
+      if met is not None:
+        rho = jnp.where(met, state.rho, rho)
 
     counted = gr.sparsity(groups, params)
     finite = jnp.stack(

@@ -165,19 +165,11 @@ def adaptive_proximal(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-class FreezeDeadState(NamedTuple):
-  """State of `freeze_dead`."""
+def freeze_dead(groups: gr.Groups) -> optax.GradientTransformationExtraArgs:
+  """Keeps groups that are exactly 0 at 0.
 
-  count: jax.Array  # steps done, shape (), int32
-
-
-def freeze_dead(
-  groups: gr.Groups, after: int = 0
-) -> optax.GradientTransformationExtraArgs:
-  """Keeps groups that are exactly 0 at 0, from step `after` on.
-
-  u_g ← 0 for a dead group g, so p + u stays 0 there; all others pass through. The last
-  link of a chain, behind any prox.
+  u_g ← 0 for a dead group g; all others pass through. In a chain it stands before the
+  prox, which leaves what is 0 at 0 and has to choose its survivors among the living.
 
   A prox on single batches does not identify the pattern: the noise of a batch's
   gradient lifts a dead group for a few steps, now and then, to the end of training. So
@@ -186,29 +178,20 @@ def freeze_dead(
 
   Args:
     groups: which leaves, and along which axis.
-    after: steps in which dead groups may still come back.
 
   Returns:
-    A transform whose `update` needs `params`. With the keyword `thaw` (shape (), bool)
-    groups may come back in a step nevertheless.
+    A transform without a state whose `update` needs `params`. With the keyword `thaw`,
+    shape (), bool, dead groups may come back in a step.
   """
-
-  def init(params):
-    del params
-    return FreezeDeadState(jnp.zeros([], jnp.int32))
 
   def update(updates, state, params=None, *, thaw=False, **extra_args):
     del extra_args
     if params is None:
       raise ValueError(_NO_PARAMS)
-    keep = {
-      layer: alive | thaw | (state.count < after)
-      for layer, alive in gr.alive(groups, params).items()
-    }
-    count = optax.safe_increment(state.count)
-    return gr.remove(groups, updates, keep), FreezeDeadState(count)
+    keep = {layer: alive | thaw for layer, alive in gr.alive(groups, params).items()}
+    return gr.remove(groups, updates, keep), state
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def _step_size(learning_rate, count):

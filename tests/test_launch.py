@@ -155,6 +155,15 @@ MISTAKES = [
   ({'data.missing': 0.1, 'tasks': ('male',)}, 'and 0 for a single task'),
   ({'sparsity.search': 52.0}, r'search is 52\.0; .* in \[0, 1\)'),
   ({'sparsity.settle': 1.0}, r'settle is 1\.0; .* in \[0, 1\)'),
+  ({'sparsity.search': 0.7}, r'settle 0\.4: the search for λ has to end before'),
+  (
+    {
+      'sparsity.penalty': 'sparse_group_lasso',
+      'sparsity.objective': 'budget',
+      'sparsity.measure': 'weights',
+    },
+    'inside of living groups, and those do not settle; set sparsity.settle=0',
+  ),
   ({'sparsity.coefficient': 'frozen'}, 'frozen keeps the dead groups of config.init'),
   ({'meta.inner_steps': 0}, 'needs meta.inner_steps of at least 1'),
   ({'meta.inner_steps': -1}, 'meta.inner_steps is -1'),

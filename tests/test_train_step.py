@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import msp
-from msp import episodes
+from msp import episodes, transforms
 from msp import groups as gr
 from msp import tasks as task_module
 from msp.hypergradient import Solver, online, zero_tangent
@@ -784,6 +784,69 @@ def test_a_budget_moves_a_vector_of_coefficients_by_the_hold_out_loss_too():
   np.testing.assert_allclose(jnp.mean(moved_by), (0.6 - gone) / 0.05, rtol=1e-6)
   h = metrics['hypergradient']
   assert (moved_by[0] - moved_by[1]) * (h[0] - h[1]) < 0
+
+
+@pytest.mark.parametrize('inner_steps', [0, 1])
+def test_a_settled_budget_trains_what_is_left_without_a_penalty(inner_steps):
+  p = problem(('smiling',))
+  alive = gr.alive(p.groups, p.params)
+  keep = {k: jnp.arange(m.size) % 2 == 0 for k, m in alive.items()}
+  p = p._replace(params=gr.remove(p.groups, p.params, keep))
+  share = float(gr.sparsity(p.groups, p.params).groups)
+  free = optax.chain(adamw(), transforms.freeze_dead(p.groups))
+  free_inner = optax.chain(optax.sgd(INNER_RATE), transforms.freeze_dead(p.groups))
+  prox = functools.partial(msp.proximal, 'group_lasso', p.groups)
+  outer = optax.chain(free, prox(OUTER_RATE))
+  common = {'inner_steps': inner_steps, 'exact': False}
+  plain = p.step(free, inner=free_inner, **common)
+  wanted, _ = plain(p.state(free), batches(), KEY)
+  rho_optimizer, coefficient = learned()
+
+  def step(target, settled=0):
+    step = p.step(
+      outer,
+      inner=optax.chain(free_inner, prox(INNER_RATE)),
+      rho_optimizer=rho_optimizer,
+      objective=Objective('budget', target=target),
+      settled=settled,
+      **common,
+    )
+    new, _ = step(p.state(outer, **coefficient), batches(), KEY)
+    moved = float(new.rho - coefficient['rho'])
+    return new.params, moved, gr.alive(p.groups, new.params)
+
+  met, moved_by, left = step(share - 0.01)
+  close(met, wanted.params)
+  assert moved_by == 0
+  same(left, keep)
+  # Short of it λ goes on, and what is dead stays dead all the same.
+  short, moved_by, left = step(share + 0.05)
+  assert moved_by > 0
+  assert optax.tree.norm(optax.tree.sub(short, met)) > 1e-6
+  assert not any(jnp.any(left[k] & ~keep[k]) for k in keep)
+  # Beyond it, and before it settles, groups come back.
+  for target, settled in ((share - 0.1, 0), (share - 0.01, 1)):
+    _, _, left = step(target, settled)
+    assert any(jnp.any(left[k] & ~keep[k]) for k in keep)
+
+
+def test_a_settled_coefficient_under_tolerance_does_not_rise():
+  p = problem(('smiling',))
+  outer = prox_adamw(p.groups)
+  rho_optimizer, coefficient = learned()
+  state = p.state(outer, **coefficient)
+  twin = make_twin(state.params, state.opt_state, state.batch_stats, 1)
+  for gap, settled, sign in ((0.0, None, 1), (0.0, 0, 0), (9.0, 0, -1)):
+    step = p.step(
+      outer,
+      rho_optimizer=rho_optimizer,
+      objective=Objective('tolerance', tolerance=1.0),
+      settled=settled,
+    )
+    at = twin._replace(gap=jnp.full(1, gap), count=jnp.full(1, 99))
+    new, metrics = step(state._replace(twin=at), batches(), KEY)
+    assert np.sign(new.rho - state.rho) == sign
+    assert np.sign(metrics['violation']) == (1 if gap else -1)
 
 
 def test_an_image_label_of_255_is_none():

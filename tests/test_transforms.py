@@ -441,27 +441,34 @@ def test_a_frozen_pattern_stays_and_the_rest_trains_as_without(axis):
   jax.tree.map(np.testing.assert_array_equal, held, wanted)
 
 
-def test_dead_groups_come_back_until_the_pattern_settles():
+def test_a_thaw_lets_dead_groups_come_back():
   params = make_params()
   groups = gr.find(params)
   dead = gr.remove(
     groups, params, {k: jnp.zeros_like(m) for k, m in gr.alive(groups, params).items()}
   )
-  tx = optax.chain(optax.sgd(0.1), transforms.freeze_dead(groups, after=2))
-  state = tx.init(dead)
-
-  def alive_after(state):
-    updates, state = tx.update(GRADS, state, dead)
-    alive = gr.alive(groups, optax.apply_updates(dead, updates))
-    return state, [bool(mask.all()) for mask in alive.values()]
-
-  seen = []
-  for _ in range(4):
-    state, alive = alive_after(state)
-    seen.append(alive)
-  assert all(all(alive) for alive in seen[:2])
-  assert not any(any(alive) for alive in seen[2:])
-  updates, state = tx.update(GRADS, state, dead, thaw=jnp.asarray(True))
-  assert all(mask.all() for mask in gr.alive(groups, updates).values())
+  tx = optax.chain(optax.sgd(0.1), transforms.freeze_dead(groups))
+  for thaw in (False, True):
+    updates, _ = tx.update(GRADS, tx.init(dead), dead, thaw=jnp.asarray(thaw))
+    for mask in gr.alive(groups, optax.apply_updates(dead, updates)).values():
+      np.testing.assert_array_equal(mask, thaw)
   with pytest.raises(ValueError, match='needs the params'):
-    tx.update(GRADS, state)
+    tx.update(GRADS, tx.init(dead))
+
+
+@pytest.mark.parametrize('metric', ['adam', 'euclidean'])
+def test_the_survivor_of_a_frozen_layer_is_one_of_the_living(metric):
+  """A dead group with a larger update must not take the place of the last one."""
+  params = {'a': {'kernel': jnp.array([[5e-4], [0.0]])}}
+  grads = {'a': {'kernel': jnp.array([[1e-3], [1.0]])}}
+  groups = gr.find(params, r'a/kernel')
+  rate, step = 1e-3, optax.sgd(1e-3) if metric == 'euclidean' else optax.adam(1e-3)
+  chain = optax.chain(step, transforms.freeze_dead(groups))
+  if metric == 'adam':
+    tx = msp.adaptive_proximal(chain, 'group_lasso', groups, rate, min_alive=1)
+  else:
+    prox = msp.proximal('group_lasso', groups, rate, min_alive=1)
+    tx = optax.chain(chain, prox)
+  updates, _ = tx.update(grads, tx.init(params), params, sparsity=50.0)
+  new = optax.apply_updates(params, updates)
+  np.testing.assert_array_equal(gr.alive(groups, new)['a/kernel'], [True, False])
