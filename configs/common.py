@@ -245,9 +245,9 @@ def tiny(config: ConfigDict) -> None:
     config.sparsity.tolerance = 0.05
   if config.data.name == 'camvid':
     config.data.image_size = (72, 96)
-    # 16 nats in all, 6 of them in the search; the whole range of ρ is 6.9. After that
-    # nearly c/t, which averages the noise of the gaps (Robbins & Monro). On rooms so
-    # large a step overshoots and cannot come back.
+    # 16 nats in all, 6 of them in the search; the whole range of ρ is 6.9. It falls
+    # slowly, which averages the noise of the gaps. On rooms so large a step overshoots
+    # and cannot come back.
     schedule = dict(name='exponential_decay', init_value=0.15, decay_rate=0.02)
     schedule = ConfigDict(schedule)
     schedule.transition_steps = config.train.get_ref('steps')

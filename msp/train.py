@@ -314,11 +314,6 @@ def _check(config):
         'inside of living groups, and those do not settle; set sparsity.settle=0 or '
         'sparsity.measure=groups'
       )
-  if sparsity.search > 1 - sparsity.settle:
-    raise UserError(
-      f'sparsity.search is {sparsity.search} and sparsity.settle {sparsity.settle}: '
-      f'the search for λ has to end before dead groups stay dead'
-    )
   online = sparsity.hypergradient == 'online'
   constrained = sparsity.objective != 'holdout' and sparsity.granularity == 'scalar'
   if inner_steps == 0 and not online and not constrained:
@@ -347,6 +342,11 @@ def _check(config):
     raise UserError(
       f'sparsity.search is {sparsity.search}; the share of the steps that only search '
       f'for λ has to be in [0, 1)'
+    )
+  if sparsity.search > 1 - sparsity.settle:
+    raise UserError(
+      f'sparsity.search is {sparsity.search} and sparsity.settle {sparsity.settle}: '
+      f'the search for λ has to end before dead groups stay dead'
     )
   if not 0 < sparsity.start <= 1:
     raise UserError(
