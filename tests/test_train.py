@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -507,6 +508,25 @@ def test_a_dense_run_has_nothing_to_remove(finished, faces):
   before = sorted(path.name for path in workdir.iterdir())
   assert train.compact_run(config(faces), workdir, jax.devices()[:1]) is None
   assert sorted(path.name for path in workdir.iterdir()) == before
+
+
+def test_dead_groups_stay_dead_in_the_last_part_of_a_run(faces):
+  fixed = {'sparsity.coefficient': 'fixed', 'sparsity.value': 1e-9}
+  c = config(faces, **fixed, **{'meta.inner_steps': 0, 'train.steps': 10})
+  one = train._open(c, jax.devices()[:1], None)
+  groups, state = one.experiment.groups, one.initial_state()
+  alive = gr.alive(groups, state.params)
+  keep = {layer: np.arange(mask.size) % 2 == 0 for layer, mask in alive.items()}
+  state = state._replace(params=gr.remove(groups, state.params, keep))
+  step, batches = jax.jit(one.experiment.train_step), one.feed().next()
+  for done, settled in ((5, False), (6, True)):
+    at = state._replace(step=jnp.asarray(done, jnp.int32))
+    new, _ = step(at, batches, jax.random.key(0))
+    same = [
+      np.array_equal(mask, keep[layer])
+      for layer, mask in gr.alive(groups, new.params).items()
+    ]
+    assert all(same) if settled else not any(same)
 
 
 @pytest.mark.slow
