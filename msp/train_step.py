@@ -347,7 +347,8 @@ def make_train_step(
       if tangent is not None:
         tangent = jax.tree.map(lambda z: jnp.where(restored, 0, z), tangent)
     elif learned and objective.kind == 'budget':
-      violation = objectives.budget_violation(objective, groups, params)
+      unsettled = False if settled is None else state.step < settled
+      violation = objectives.budget_violation(objective, groups, params, unsettled)
     if learned:
       direction = rho_gradient
       if violation is not None:

@@ -142,6 +142,11 @@ def test_removed_counts_groups_weights_and_flops():
   assert objectives.budget_violation(o, groups, params()) > 0
   o = Objective('budget', target=0.9)
   assert objectives.budget_violation(o, groups, params()) < 0
+  # Before it settles a budget aims lower: at 0.6 - 0.5 · 0.6 · 0.4 = 0.48.
+  o = Objective('budget', target=0.6)
+  for unsettled, aim in ((False, 0.6), (True, 0.48)):
+    got = objectives.budget_violation(o, groups, params(), unsettled)
+    np.testing.assert_allclose(got, (7 / 12 - aim) / 0.05, rtol=1e-5)
 
 
 def test_a_budget_is_met_in_a_band_above_its_target():
