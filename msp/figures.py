@@ -1,6 +1,7 @@
 """The figures of a report, each a pure function of what a run logged."""
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -369,7 +370,9 @@ def comparison(
       if values:
         mean = float(np.mean(values))
         axes.plot([mean, mean], [y - 0.35, y + 0.35], color=ORANGE)
-    axes.set_title(title, fontsize=8)
+    # Long ones in two lines, broken at a space or behind a '/'.
+    lines = textwrap.fill(title.replace('/', '/ '), 26).replace('/ ', '/')
+    axes.set_title(lines, fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=7.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(4))
