@@ -148,7 +148,8 @@ def make_train_step(
     'hold_out'. Metrics are scalars but for 'alive', shape (layers,), int32, and
     'lambda', 'lambda_relative' (λ/λ_max) and 'hypergradient', of ρ's shape. λ is that
     of ρ, also where a budget is met and the step makes no use of it.
-    'violation' is what drives ρ under a constraint (> 0: λ too large), 'gap/<task>'
+    'violation' is what drives ρ under a constraint (> 0: λ too large; once settled
+    'tolerance' follows it down only), 'gap/<task>'
     and 'gap_allowed/<task>' the hold-out loss against the twin's and its bound,
     'restored' whether the network has become its twin again;
     'nonfinite' is the position of the first gradient leaf with a NaN or infinity,

@@ -825,9 +825,18 @@ def test_a_settled_budget_trains_what_is_left_without_a_penalty(inner_steps):
   assert optax.tree.norm(optax.tree.sub(short, met)) > 1e-6
   assert not any(jnp.any(left[k] & ~keep[k]) for k in keep)
   # Beyond it, and before it settles, groups come back.
+  _, coefficient = learned(-12.0)  # so small that the prox lets them
   for target, settled in ((share - 0.1, 0), (share - 0.01, 1)):
-    _, _, left = step(target, settled)
+    thawed, _, left = step(target, settled)
     assert any(jnp.any(left[k] & ~keep[k]) for k in keep)
+  # Then it is the step of optimisers that freeze nothing, in the inner loop too.
+  never = p.step(
+    optax.chain(adamw(), prox(OUTER_RATE)),
+    inner=optax.chain(optax.sgd(INNER_RATE), prox(INNER_RATE)),
+    **common,
+  )
+  at = p.state(optax.chain(adamw(), prox(OUTER_RATE)), **coefficient)
+  close(thawed, never(at, batches(), KEY)[0].params)
 
 
 def test_a_settled_coefficient_under_tolerance_does_not_rise():
