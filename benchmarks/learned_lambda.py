@@ -50,6 +50,7 @@ ROWS = {
   **{
     f'tolerance: {name}': (False, base.LEARNED | {f'sparsity.{k}': v for k, v in c})
     for name, *c in (
+      ('query data', ('learn_on', 'query')),
       ('never settles', ('settle', 0.0)),
       ('Euclidean prox', ('metric', 'euclidean')),
       ('no survival floor', ('min_alive', 0)),

@@ -98,6 +98,7 @@ def base() -> ConfigDict:
   config.sparsity.tangent_decay = 0.99  # of 'online'
   config.sparsity.tangent_max_norm = 1.0  # of 'online', relative to the weights
   config.sparsity.objective = 'holdout'  # 'holdout' | 'tolerance' | 'budget'
+  config.sparsity.learn_on = 'hold_out'  # 'hold_out' (see data.hold_out) | 'query'
   config.sparsity.tolerance = 0.0  # relative; at least one standard error
   config.sparsity.search = 0.0  # of 'tolerance': share of the steps, see msp.objectives
   config.sparsity.target = 0.5  # of 'budget': the share to remove, of

@@ -81,7 +81,7 @@ def build(
   Args:
     config: see `configs/common.py`.
     labels: of the data set, by task.
-    hold_out_images: size of the hold-out part, for standard errors over it.
+    hold_out_images: images that λ is learned on, for standard errors over them.
     workdir: of the run; once it has checkpoints, `config.initial` is not read again.
 
   Returns:
@@ -226,10 +226,11 @@ def _begun(workdir):
 
 
 def _uses_hold_out(config):
-  """Whether λ is learned on data of its own: always, but for a plain budget."""
+  """Whether λ is learned on data of its own: a plain budget needs none."""
   sparsity = config.sparsity
   plain = sparsity.objective == 'budget' and sparsity.granularity == 'scalar'
-  return sparsity.coefficient == 'learned' and not plain
+  own = sparsity.learn_on == 'hold_out' and not plain
+  return sparsity.coefficient == 'learned' and own
 
 
 def _objective(config, model, shape, hold_out_images):
@@ -258,6 +259,7 @@ def _check(config):
   """The checks that need more than one field, or that no other module makes."""
   choices = {
     'sparsity.coefficient': ('none', 'frozen', 'fixed', 'learned'),
+    'sparsity.learn_on': ('hold_out', 'query'),
     'sparsity.metric': ('adam', 'euclidean'),
     'sparsity.hypergradient': MODES,
     'sparsity.solver.name': SOLVERS,
@@ -355,7 +357,7 @@ def _check(config):
   if _uses_hold_out(config) and not 0 < config.data.hold_out < 1:
     raise UserError(
       f'data.hold_out is {config.data.hold_out}; a learned λ needs a part of train '
-      f'of its own, a share in (0, 1)'
+      f'of its own, a share in (0, 1), or sparsity.learn_on=query'
     )
 
 
@@ -975,7 +977,8 @@ def _open(config, devices, workdir, *, skip_corrupt=False) -> Run:
   if not processes.is_first():  # finds it done, or has a disk of its own
     prepare(config, skip_corrupt=skip_corrupt)
   parts = splits(config)
-  hold_out_images = 1 if parts.hold_out is None else len(parts.hold_out)
+  own = parts.train if config.sparsity.learn_on == 'query' else parts.hold_out
+  hold_out_images = 1 if own is None else len(own)
   experiment = build(config, labels, hold_out_images, workdir)
   logger.info(
     'groups: %d kernels match %r',

@@ -144,10 +144,11 @@ def make_train_step(
     unroll: inner steps and episodes as one straight program (CPU) or as loops.
 
   Returns:
-    The step. `batches` has 'query', with K > 0 'support', with a rho_optimizer
-    'hold_out'. Metrics are scalars but for 'alive', shape (layers,), int32, and
-    'lambda', 'lambda_relative' (λ/λ_max) and 'hypergradient', of ρ's shape. λ is that
-    of ρ, also where a budget is met and the step makes no use of it.
+    The step. `batches` has 'query', with K > 0 'support', and 'hold_out' if ρ is
+    learned on data of its own; without it ρ is learned on the query batch. Metrics are
+    scalars but for 'alive', shape (layers,), int32, and 'lambda', 'lambda_relative'
+    (λ/λ_max) and 'hypergradient', of ρ's shape. λ is that of ρ, also where a budget is
+    met and the step makes no use of it.
     'violation' is what drives ρ under a constraint (> 0: λ too large; once settled
     'tolerance' follows it down only), 'gap/<task>'
     and 'gap_allowed/<task>' the hold-out loss against the twin's and its bound,
@@ -196,7 +197,8 @@ def make_train_step(
 
     hold_out = None
     if differentiates or (learned and objective.kind == 'tolerance'):
-      hold_out = lambda params: at(params, (batches['hold_out'], keys[-2]))
+      own = batches.get('hold_out', batches['query'])
+      hold_out = lambda params: at(params, (own, keys[-2]))
     first_loop, last = inner_loop, None
     if differentiates and hypergradient == 'truncated':
       early = inner_steps - truncation

@@ -135,6 +135,7 @@ MISTAKES = [
   ({'data.name': 'celeba'}, "unknown data set 'celeba', known: celebamask_hq"),
   ({'data.image_size': (64,)}, r'image_size is \(64,\)'),
   ({'data.hold_out': 0.0}, 'data.hold_out is 0.0; a learned λ needs a part'),
+  ({'sparsity.learn_on': 'train'}, "learn_on is 'train'; known: hold_out, query"),
   ({'model.depth': 34}, 'unknown model depth 34: choose one of 18, 50, 101'),
   ({'model.norm': 'layer'}, "unknown model norm 'layer'"),
   (

@@ -202,21 +202,23 @@ def test_a_killed_run_goes_on_exactly(finished, faces, tmp_path, monkeypatch, af
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('objective', 'part', 'logged'),
+  ('objective', 'learn_on', 'part', 'logged'),
   [
-    ('holdout', 'tangent', {'hypergradient', 'hold_out_loss', 'epoch'}),
-    ('tolerance', 'twin', {'gap/male', 'violation'}),
+    ('holdout', 'hold_out', 'tangent', {'hypergradient', 'hold_out_loss', 'epoch'}),
+    ('tolerance', 'query', 'twin', {'gap/male', 'violation'}),
   ],
 )
 def test_other_states_on_two_devices_go_on_exactly(
-  faces, tmp_path, monkeypatch, objective, part, logged
+  faces, tmp_path, monkeypatch, objective, learn_on, part, logged
 ):
   """The rest of what a state can hold, and a whole run on several devices."""
   c = config(
     faces,
     **{
       'meta.inner_steps': 0,
+      'data.hold_out': 0.2 if learn_on == 'hold_out' else 0.0,
       'sparsity.objective': objective,
+      'sparsity.learn_on': learn_on,
       'sparsity.hypergradient': 'online',
       'train.steps': 3,
     },

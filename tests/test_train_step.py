@@ -544,6 +544,11 @@ def test_running_statistics_and_what_may_influence_what():
   same(other_hold_out.batch_stats, base.batch_stats)
   assert other_hold_out.rho != base.rho
 
+  # Without hold-out data ρ is learned on the query batch.
+  on_query, _ = step(state, {**data, 'hold_out': data['query']}, KEY)
+  without, _ = step(state, {k: data[k] for k in ('support', 'query')}, KEY)
+  same(without.rho, on_query.rho)
+
   other_query, other_metrics = step(state, {**data, 'query': batch(4)}, KEY)
   same(other_query.rho, base.rho)
   same(other_query.rho_opt_state, base.rho_opt_state)
