@@ -380,6 +380,38 @@ def comparison(
   return figure
 
 
+def tradeoff(
+  points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  joined: Mapping[str, Sequence[str]],
+) -> Figure:
+  """What a run costs over what it removes: a mark for each, bars of one deviation.
+
+  Args:
+    points: run -> (dead groups in %, Δm in %), a value for each seed.
+    joined: label of a grid -> its runs, in the order in which a line joins them.
+  """
+  figure = Figure(figsize=(WIDTH, 3.6), layout='constrained')
+  axes = figure.subplots()
+  axes.axhline(0, color=FAINT, linewidth=0.8)
+
+  def draw(names, label, **style):
+    deviation = lambda values: np.std(values, ddof=1) if len(values) > 1 else 0.0
+    x, y, dx, dy = np.array(
+      [[*map(np.mean, points[n]), *map(deviation, points[n])] for n in names]
+    ).T
+    axes.errorbar(x, y, dy, dx, label=label, elinewidth=0.7, **style)
+
+  for label, names in joined.items():
+    draw(names, label, color=FAINT, marker='o')
+  single = [name for name in points if not any(name in g for g in joined.values())]
+  styles = itertools.cycle(itertools.product('osD^', COLORS))
+  for name, (marker, color) in zip(single, styles, strict=False):
+    draw([name], name, color=color, marker=marker, linestyle='', markersize=6)
+  axes.set(xlabel='dead groups %', ylabel='Δm %')
+  axes.legend(fontsize=7, loc='center left', bbox_to_anchor=(1.01, 0.5))
+  return figure
+
+
 def trajectories(
   curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
   title: str,

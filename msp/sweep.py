@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 Tasks = Mapping[str, task_module.Task]
 
+DELTA_M, DEAD = 'Δm %', 'dead groups %'  # titles of columns
+
 
 class Result(NamedTuple):
   """What is known of one finished run."""
@@ -248,9 +250,9 @@ def table(
     for name, task in tasks.items()
   ]
   if sweep.baselines:
-    columns.append(Column('Δm %', 2))
+    columns.append(Column(DELTA_M, 2))
     read.append(functools.partial(_delta_m, sweep, results))
-  columns += [Column('dead groups %', 1), Column('λ/λ_max')]
+  columns += [Column(DEAD, 1), Column('λ/λ_max')]
   read += [lambda r, _: 100 * r.test['group_sparsity'], _relative]
   if sweep.target.run:
     task = tasks[sweep.target.task]
@@ -269,6 +271,19 @@ def table(
     values = [[f(r, seed) for seed, r in seeds.items()] for f in read]
     cells[name] = [[v for v in column if v is not None] for column in values]
   return columns, cells
+
+
+def _grids(sweep, names):
+  """Label -> those of the runs that differ in their fixed λ alone, three or more."""
+  grids = {}
+  for entry in sweep.runs:
+    config = entry.config.copy_and_resolve_references()
+    if entry.name in names and config.sparsity.coefficient == 'fixed':
+      value, config.sparsity.value = config.sparsity.value, 0.0
+      found = grids.setdefault(config.to_json_best_effort(), [])
+      found.append((value, entry.name))
+  grids = [[name for _, name in sorted(g)] for g in grids.values() if len(g) > 2]
+  return {f'{grid[0]} to {grid[-1]}': grid for grid in grids}
 
 
 def _relative(result, _):
@@ -418,6 +433,20 @@ def _write_page(sweep, results, failures, workdir, columns, cells, lines):
       figures.comparison([column.title for column in columns], cells),
       'Test split, last state. A dot is a seed, the line their mean.',
     )
+    titles = [column.title for column in columns]
+    at = [titles.index(title) for title in (DEAD, DELTA_M) if title in titles]
+    points = {
+      name: (values[at[0]], values[at[-1]])
+      for name, values in cells.items()
+      if values[at[0]] and values[at[-1]]
+    }
+    if DELTA_M in titles and any(np.any(dead) for dead, _ in points.values()):
+      yield figure(
+        'tradeoff',
+        figures.tradeoff(points, _grids(sweep, points)),
+        'What is lost over what is removed, mean and standard deviation over seeds; '
+        'runs that differ in their fixed λ alone are one line.',
+      )
     learned = {
       name: [r.series('train', 'lambda_relative') for r in seeds.values()]
       for name, seeds in results.items()

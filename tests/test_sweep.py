@@ -110,8 +110,20 @@ def test_the_table(tmp_path, trained):
   assert 'Not real data' in html
   names = {path.stem for path in page.parent.glob('*.png')}
   assert names == {
-    'results', 'coefficient', 'progress_segmentation_miou', 'patterns'
+    'results', 'tradeoff', 'coefficient', 'progress_segmentation_miou', 'patterns'
   }  # fmt: skip
+
+
+def test_fixed_coefficients_of_one_setting_are_one_line():
+  rows = 'dense,fixed 0.15,fixed 0.005,fixed 0.0005,budget 0.5'
+  made = learned_lambda.make('faces', rows, 1)
+  config = made.runs[0].config.copy_and_resolve_references()
+  base.add(made, 'single', config, base.fixed(0.1), {'tasks': ('male',)})
+  (label, names), *others = sweep._grids(made, [e.name for e in made.runs]).items()
+  assert label == 'fixed 0.0005 to fixed 0.15'
+  assert names == ['fixed 0.0005', 'fixed 0.005', 'fixed 0.15']
+  assert not others
+  assert not sweep._grids(made, ['fixed 0.005', 'fixed 0.15'])  # no line of two
 
 
 def test_a_metric_that_only_the_test_split_has_draws_no_empty_figure(tmp_path, trained):
