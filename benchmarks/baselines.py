@@ -103,7 +103,7 @@ def tune(config, source, steps, workdir):
 
 def runs_of(arguments):
   """The two runs that everything begins with."""
-  names = ['dense', arguments.learned]
+  names = f'dense,{arguments.learned}'
   return learned_lambda.make(
     arguments.data_set, names, arguments.seeds, arguments.source, arguments.steps
   )

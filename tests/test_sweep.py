@@ -1,5 +1,6 @@
 """Sweeps: what is run, resumed and skipped, and the table, from invented logs."""
 
+import argparse
 import csv
 import importlib
 import json
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import data
-from benchmarks import learned_lambda
+from benchmarks import baselines, learned_lambda
 from configs.sweeps import base
 from data import DataError
 from msp import sweep, train, workdir
@@ -275,6 +276,14 @@ def test_every_row_of_the_benchmark_of_learned_λ_is_possible():
     train.build(config, data.labels(config.data.name))
   with pytest.raises(UserError, match="unknown row 'tolerence'; known: dense"):
     learned_lambda.make('camvid', 'dense, tolerence', seeds=1)
+
+
+def test_pruning_after_training_begins_with_two_rows_of_it():
+  chosen = {'learned': 'budget 0.7', 'seeds': 2, 'source': '', 'steps': 10}
+  made = baselines.runs_of(argparse.Namespace(data_set='faces', **chosen))
+  assert [entry.name for entry in made.runs] == ['dense', 'budget 0.7']
+  assert made.seeds == (0, 1)
+  assert made.steps == 10
 
 
 def test_the_sweeps_are_those_of_the_papers():
