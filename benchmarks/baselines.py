@@ -32,7 +32,6 @@ from msp.models import multitask
 from msp.train_step import Combination, task_losses
 from msp.workdir import write
 
-SAME_IMAGES = {'data.hold_out': 0.2}
 TUNE = {'sparsity.coefficient': 'none', 'meta.inner_steps': 0}
 
 
@@ -117,7 +116,6 @@ def one_seed(arguments, seed):
   pair = runs_of(arguments)
   for entry in pair.runs:
     config = sweep.configuration(pair, entry, seed, arguments.out)
-    config.update_from_flattened_dict(SAME_IMAGES)
     results[entry.name] = test(sweep.trained(config, out(entry.name))), None
     trained[entry.name] = Network(config, out(entry.name))
   dense, learned = trained['dense'], trained[arguments.learned]

@@ -45,6 +45,14 @@ class Splits(NamedTuple):
   val: Source
   test: Source
 
+  @property
+  def train_and_hold_out(self) -> Source:
+    """Both as one; train alone if nothing is held out."""
+    if self.hold_out is None:
+      return self.train
+    indices = np.concatenate([self.train.indices, self.hold_out.indices])
+    return Source(self.train.name, self.train._records, np.sort(indices))
+
 
 def open(
   name: str,

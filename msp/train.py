@@ -67,6 +67,8 @@ class Experiment(NamedTuple):
   groups: gr.Groups
   init: Any  # (key, batch, (params, batch_stats) by path) -> TrainState
   train_step: Step
+  settled: int | None  # steps after which dead groups stay dead
+  settled_step: Step | None  # instead of train_step from then on; λ stands still
   initial: initial_module.Fitting  # what `init` takes instead of fresh arrays
 
 
@@ -195,7 +197,8 @@ def build(
       state = state._replace(twin=twin)
     return state
 
-  train_step = make_train_step(
+  make_step = functools.partial(
+    make_train_step,
     model,
     tasks,
     groups,
@@ -205,7 +208,6 @@ def build(
     inner_steps=config.meta.inner_steps,
     episode_draw=config.meta.episodes,
     exact=config.meta.exact,
-    rho_optimizer=rho_optimizer if learned else None,
     objective=objective,
     hypergradient=sparsity.hypergradient,
     truncation=sparsity.truncation,
@@ -215,7 +217,13 @@ def build(
     settled=settled,
     unroll=unroll,
   )
-  return Experiment(model, tasks, groups, init, train_step, fitting)
+  train_step = make_step(rho_optimizer=rho_optimizer if learned else None)
+  # A budget that is not met still needs its λ.
+  stands_still = learned and settled is not None and objective.kind != 'budget'
+  settled_step = make_step() if stands_still else None
+  return Experiment(
+    model, tasks, groups, init, train_step, settled, settled_step, fitting
+  )
 
 
 def _begun(workdir):
@@ -430,14 +438,18 @@ def _optimizer(entries, where, penalty, sparsity, groups, metric, differentiated
 class Feed(NamedTuple):
   """The batches of a run: the streams, and how arrays reach the devices."""
 
-  train: Any  # iterator with get_state / set_state
-  hold_out: Any | None
+  # Iterators with get_state / set_state: 'train', and if λ has data of its own
+  # 'hold_out', and 'all' for the steps in which it stands still.
+  streams: Mapping[str, Any]
   inner_steps: int
   sharding: NamedSharding
 
-  def next(self) -> dict[str, dict[str, jax.Array]]:
-    """The parts of one step: 'query', and 'support' and 'hold_out' if used."""
-    batch = next(self.train)
+  def next(self, *, settled: bool = False) -> dict[str, dict[str, jax.Array]]:
+    """The parts of one step: 'query', and 'support' and 'hold_out' if used.
+
+    With `settled` the images of both streams are there to train on.
+    """
+    batch = next(self.streams['all' if settled else 'train'])
     parts = {'query': batch}
     if self.inner_steps:
       half = len(batch['image']) // 2
@@ -445,20 +457,18 @@ class Feed(NamedTuple):
         'support': {name: x[:half] for name, x in batch.items()},
         'query': {name: x[half:] for name, x in batch.items()},
       }
-    if self.hold_out is not None:
-      parts['hold_out'] = next(self.hold_out)
+    if 'hold_out' in self.streams and not settled:
+      parts['hold_out'] = next(self.streams['hold_out'])
     return put(parts, self.sharding)
 
   def get_state(self) -> dict:
     """Position of the streams, for a checkpoint."""
-    streams = {'train': self.train, 'hold_out': self.hold_out}
-    return {name: s.get_state() for name, s in streams.items() if s is not None}
+    return {name: stream.get_state() for name, stream in self.streams.items()}
 
   def set_state(self, state: Mapping) -> None:
     """Puts the streams where `get_state` found them."""
-    self.train.set_state(state['train'])
-    if self.hold_out is not None:
-      self.hold_out.set_state(state['hold_out'])
+    for name, stream in self.streams.items():
+      stream.set_state(state[name])
 
 
 def put(batch: PyTree, sharding: NamedSharding) -> PyTree:
@@ -881,23 +891,18 @@ class Run(NamedTuple):
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    hold_out = None
+    training = functools.partial(
+      stream, batch_size=c.train.batch_size, seed=c.seed, missing=c.data.missing
+    )
+    streams = {'train': training(self.splits.train)}
     if _uses_hold_out(c):
       # As many hold-out images as query images.
       share = c.train.batch_size // (2 if c.meta.inner_steps else 1)
       hold_out = stream(self.splits.hold_out, batch_size=share, seed=c.seed + 1)
-    train = stream(
-      self.splits.train,
-      batch_size=c.train.batch_size,
-      seed=c.seed,
-      missing=c.data.missing,
-    )
-    return Feed(
-      train,
-      hold_out,
-      c.meta.inner_steps,
-      self.sharded,
-    )
+      streams['hold_out'] = hold_out
+    if self.experiment.settled_step is not None:
+      streams['all'] = training(self.splits.train_and_hold_out)
+    return Feed(streams, c.meta.inner_steps, self.sharded)
 
   def initial_state(self, *, abstract: bool = False) -> TrainState:
     """The state at step 0, replicated; its shapes only if `abstract`."""
@@ -1004,18 +1009,19 @@ def _check_batch(config, devices):
 
 
 def _loop(run, state, progress, feed, checkpoints, writer):
-  config, groups = run.config, run.experiment.groups
+  config, experiment = run.config, run.experiment
   c = config.train
-  step_fn = jax.jit(
-    run.experiment.train_step, donate_argnums=0, out_shardings=run.replicated
-  )
+  jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=run.replicated)
+  step_fn = jit(experiment.train_step)
+  settles = experiment.settled_step is not None
+  settled_fn = jit(experiment.settled_step) if settles else None
   eval_step = run.eval_step()
   key = jax.random.key(config.seed + 1)
   start = int(state.step)
   images = len(run.splits.train)
   clock = Clock(start)
   monitor = Monitor(
-    config.sparsity.min_alive, groups, state.params, _search_steps(config)
+    config.sparsity.min_alive, experiment.groups, state.params, _search_steps(config)
   )
   logger.info('compiling the training step (the first one takes a while)')
 
@@ -1024,13 +1030,21 @@ def _loop(run, state, progress, feed, checkpoints, writer):
     bar.advance(step, metrics)
     if step % c.log_every == 0:
       row = {'split': 'train', 'step': step, 'epoch': step * c.batch_size / images}
-      row |= flatten(metrics, groups.names)
+      row |= flatten(metrics, experiment.groups.names)
       writer.write({**row, 'step_time': clock.per_step(step)})
 
   pending = None
   with Bar(start, c.steps) as bar, Interruption() as interruption:
     for step in range(start + 1, c.steps + 1):
-      state, metrics = step_fn(state, feed.next(), jax.random.fold_in(key, step))
+      settled = settles and step > experiment.settled
+      if settles and step == experiment.settled + 1:
+        bar.say(
+          f'step {step}: λ stands still from now on, and its images join the others; '
+          f'compiling the step for that'
+        )
+      state, metrics = (settled_fn if settled else step_fn)(
+        state, feed.next(settled=settled), jax.random.fold_in(key, step)
+      )
       # Reading the previous step's numbers leaves the device busy with this one.
       if pending is not None:
         record(*pending)
@@ -1050,7 +1064,7 @@ def _loop(run, state, progress, feed, checkpoints, writer):
         values = run.evaluate(eval_step, state, run.splits.val)
         writer.write({'split': 'val', 'step': step, **values})
         score = values.get('score', -math.inf)
-        bar.say(f'step {step}: validation {summary(values, run.experiment.tasks)}')
+        bar.say(f'step {step}: validation {summary(values, experiment.tasks)}')
         if score > progress.best_score:
           progress = progress._replace(best_score=score, best_step=step)
         elif c.patience and step - progress.best_step >= c.patience * c.evaluate_every:

@@ -140,7 +140,8 @@ def make_train_step(
     tangent_max_norm: bound of the tangent of 'online'.
     settled: steps after which the optimisers are told not to let dead groups come back
       (`msp.transforms.freeze_dead`), and a budget that is met trains on with λ = 0;
-      None: never.
+      None: never. Without a budget λ should stand still then: a step without a
+      rho_optimizer.
     unroll: inner steps and episodes as one straight program (CPU) or as loops.
 
   Returns:
@@ -149,8 +150,7 @@ def make_train_step(
     scalars but for 'alive', shape (layers,), int32, and 'lambda', 'lambda_relative'
     (λ/λ_max) and 'hypergradient', of ρ's shape. λ is that of ρ, also where a budget is
     met and the step makes no use of it.
-    'violation' is what drives ρ under a constraint (> 0: λ too large; once settled
-    'tolerance' follows it down only), 'gap/<task>'
+    'violation' is what drives ρ under a constraint (> 0: λ too large), 'gap/<task>'
     and 'gap_allowed/<task>' the hold-out loss against the twin's and its bound,
     'restored' whether the network has become its twin again;
     'nonfinite' is the position of the first gradient leaf with a NaN or infinity,
@@ -327,7 +327,7 @@ def make_train_step(
 
     sparsity = coefficient(state.rho, state.lambda_max)
     rho, rho_opt_state = state.rho, state.rho_opt_state
-    violation = None
+    violation = restored = None
     if learned and objective.kind == 'tolerance':
       (twin_params, twin_opt_state), _, (twin_means, twin_stats) = outer_step(
         (twin.params, twin.opt_state),
@@ -355,11 +355,7 @@ def make_train_step(
     if learned:
       direction = rho_gradient
       if violation is not None:
-        common = violation
-        if frozen is not None and objective.kind == 'tolerance':
-          # What a larger λ killed would be gone for good.
-          common = jnp.where(frozen, jnp.maximum(violation, 0), violation)
-        direction = objectives.signal(common, rho, rho_gradient)
+        direction = objectives.signal(violation, rho, rho_gradient)
       rho_updates, rho_opt_state = rho_optimizer.update(direction, rho_opt_state, rho)
       rho = optax.apply_updates(rho, rho_updates)
       if met is not None:
@@ -386,7 +382,7 @@ def make_train_step(
       metrics['hold_out_loss'] = means['hold_out_loss']
     if violation is not None:
       metrics['violation'] = violation
-    if twin is not None:
+    if restored is not None:
       metrics['restored'] = restored
       limits = objectives.allowed(objective, twin)
       for name, gap, limit in zip(names, twin.gap, limits, strict=True):

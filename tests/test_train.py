@@ -156,6 +156,10 @@ def test_a_run_logs_every_number(finished):
     'gradient_norm',
   } <= trained[0].keys()
   assert len({row['lambda'] for row in trained}) > 1  # it learns
+  settled = round(0.6 * STEPS)  # then λ stands still and needs no data of its own
+  learning = [row['step'] for row in trained if 'hold_out_loss' in row]
+  assert learning == list(range(1, settled + 1))
+  assert len({row['lambda'] for row in trained[settled:]}) == 1
   assert [row['step'] for row in by_split('val')] == [2, 4, 6]
   for row in by_split('val') + by_split('test'):
     assert math.isfinite(row['score'])
@@ -510,6 +514,27 @@ def test_a_dense_run_has_nothing_to_remove(finished, faces):
   before = sorted(path.name for path in workdir.iterdir())
   assert train.compact_run(config(faces), workdir, jax.devices()[:1]) is None
   assert sorted(path.name for path in workdir.iterdir()) == before
+
+
+def test_a_settled_run_trains_on_the_images_of_the_coefficient_too(faces):
+  one = train._open(config(faces), jax.devices()[:1], None)
+  parts, feed = one.splits, one.feed()
+  whole = sorted([*parts.train.indices, *parts.hold_out.indices])
+  assert list(parts.train_and_hold_out.indices) == whole
+  pictures = lambda source: {source[i]['image'].tobytes() for i in range(len(source))}
+  seen = {}
+  for settled in (False, True):
+    seen[settled] = set()
+    for _ in range(2 * len(whole) // 8):  # two epochs
+      batch = feed.next(settled=settled)
+      assert ('hold_out' in batch) != settled
+      for part in ('support', 'query'):
+        images = np.round(np.asarray(batch[part]['image']) * 255).astype(np.uint8)
+        # Mirrored or not.
+        seen[settled] |= {x.tobytes() for x in (*images, *images[:, :, ::-1])}
+  apart = pictures(parts.hold_out)
+  assert not apart & seen[False]
+  assert apart <= seen[True]
 
 
 def test_dead_groups_stay_dead_in_the_last_part_of_a_run(faces):

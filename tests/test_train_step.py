@@ -844,23 +844,20 @@ def test_a_settled_budget_trains_what_is_left_without_a_penalty(inner_steps):
   close(thawed, never(at, batches(), KEY)[0].params)
 
 
-def test_a_settled_coefficient_under_tolerance_does_not_rise():
+def test_a_settled_step_leaves_the_coefficient_and_the_twin_alone():
+  """λ stands still: the step of the last part of a run, without a rho_optimizer."""
   p = problem(('smiling',))
   outer = prox_adamw(p.groups)
-  rho_optimizer, coefficient = learned()
+  _, coefficient = learned()
   state = p.state(outer, **coefficient)
   twin = make_twin(state.params, state.opt_state, state.batch_stats, 1)
-  for gap, settled, sign in ((0.0, None, 1), (0.0, 0, 0), (9.0, 0, -1)):
-    step = p.step(
-      outer,
-      rho_optimizer=rho_optimizer,
-      objective=Objective('tolerance', tolerance=1.0),
-      settled=settled,
-    )
-    at = twin._replace(gap=jnp.full(1, gap), count=jnp.full(1, 99))
-    new, metrics = step(state._replace(twin=at), batches(), KEY)
-    assert np.sign(new.rho - state.rho) == sign
-    assert np.sign(metrics['violation']) == (1 if gap else -1)
+  state = state._replace(twin=twin)
+  step = p.step(outer, objective=Objective('tolerance'), settled=0)
+  new, metrics = step(state, batches(), KEY)
+  for part in ('rho', 'rho_opt_state', 'twin'):
+    same(getattr(new, part), getattr(state, part))
+  assert moved(new.params, state.params)
+  assert not {'violation', 'restored', 'hold_out_loss'} & metrics.keys()
 
 
 def test_an_image_label_of_255_is_none():
