@@ -86,8 +86,8 @@ def base() -> ConfigDict:
   config.sparsity.granularity = 'scalar'  # 'scalar' | 'stage' | 'layer'
   config.sparsity.metric = 'adam'  # of the outer prox: 'adam' | 'euclidean'
   config.sparsity.min_alive = 1  # groups of each layer that survive
-  # Share of the steps, the last ones, in which dead groups stay dead: see
-  # msp.transforms.freeze_dead.
+  # Share of the steps, the last ones, in which dead groups stay dead, see
+  # msp.transforms.freeze_dead, and λ stands still (a budget: until it is met).
   config.sparsity.settle = 0.0
   config.sparsity.hypergradient = 'forward'  # see msp.hypergradient.MODES
   config.sparsity.truncation = 1  # of 'truncated': steps it sees

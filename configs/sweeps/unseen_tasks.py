@@ -15,8 +15,6 @@ from ml_collections import ConfigDict
 
 from configs.sweeps import base
 
-# All train their weights on the same images: what a learned λ keeps, nobody else gets.
-SAME_IMAGES = {'data.hold_out': 0.2}
 PATTERNS = {
   'frozen': {'sparsity.coefficient': 'frozen'},
   'free': {},
@@ -37,9 +35,9 @@ def get_config(arg: str = '') -> ConfigDict:
     ('sparse', given.multitask, base.LEARNED),
     ('meta', given.meta, base.LEARNED),
   ):
-    base.add(sweep, name, config(), {'tasks': seen}, SAME_IMAGES, changes)
+    base.add(sweep, name, config(), {'tasks': seen}, changes)
   for share in (1.0, 0.5, 0.1, 0.02):
-    less = SAME_IMAGES | {'data.train_share': share} | everything
+    less = {'data.train_share': share} | everything
     images = f'{share:.0%} of images'
     base.add(sweep, f'scratch, {images}', given.multitask(), less)
     base.add(
