@@ -372,7 +372,8 @@ def _body(log, figure) -> Iterable[str]:
       figures.constraint(log.train, _compared_tasks(log)),
       'Loss on the hold-out part against that of a dense twin trained beside the run, '
       'as a running mean over pairs on the same batch. λ rises while every task is '
-      'below its dashed line, and falls while one is above.',
+      'below its dashed line, and falls while one is above; the lines end where it '
+      'stands still.',
     )
   if share is not None and (values.size or share):
     yield figure(
