@@ -84,7 +84,8 @@ def main(argv: list[str]) -> None:
       train.evaluate_run(config, workdir)
       print(f'evaluation: {workdir / "evaluation.json"}')
     elif _MODE.value == 'sweep':
-      print(f'sweep: {sweep.run(config, workdir)}')
+      path = sweep.run(config, workdir, skip_corrupt=_SKIP_CORRUPT.value)
+      print(f'sweep: {path}')
     else:
       start = train.adapt if _MODE.value == 'adapt' else train.train
       path = start(config, workdir, skip_corrupt=_SKIP_CORRUPT.value)

@@ -55,6 +55,7 @@ def make_config(heads, size, batch, steps):
   config.tasks = tuple(heads)
   config.data.image_size = (size, size)
   config.train.batch_size = batch
+  config.data.hold_out = 0.2  # the batches are not of any data
   config.model.dtype = 'bfloat16'
   config.sparsity.coefficient = 'learned' if steps else 'fixed'
   config.sparsity.value = 1e-6

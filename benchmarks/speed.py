@@ -52,6 +52,7 @@ def make_config(size, batch, **overrides):
   config.tasks = tuple(labels())
   config.data.image_size = (size, size)
   config.train.batch_size = batch
+  config.data.hold_out = 0.2  # the batches are not of any data
   config.loss.combination = 'sum'
   config.model.dropout = 0.0
   config.update_from_flattened_dict(overrides)

@@ -148,14 +148,14 @@ def _open(path: Path) -> Image.Image:
     return Image.open(path)
   except FileNotFoundError:
     raise DataError(f'missing file {path}') from None
-  except (OSError, Image.DecompressionBombError) as error:
+  # Pillow raises SyntaxError and ValueError, too, on broken or huge PNG chunks.
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
     raise DataError(f'unreadable image {path}: {error}') from None
 
 
 def _load(image: Image.Image, path: Path) -> Image.Image:
   try:
     image.load()
-  # Pillow raises SyntaxError and ValueError, too, on broken PNG chunks.
   except (OSError, SyntaxError, ValueError) as error:
     raise DataError(f'unreadable image {path}: {error}') from None
   return image

@@ -45,13 +45,13 @@ class Splits(NamedTuple):
   val: Source
   test: Source
 
-  @property
-  def train_and_hold_out(self) -> Source:
-    """Both as one; train alone if nothing is held out."""
+  def with_hold_out(self, share: float, seed: int) -> Source:
+    """Train with a share of the hold-out part, drawn as `train_share` is."""
     if self.hold_out is None:
       return self.train
-    indices = np.concatenate([self.train.indices, self.hold_out.indices])
-    return Source(self.train.name, self.train._records, np.sort(indices))
+    more = _share(self.hold_out.indices, share, seed)
+    indices = np.sort(np.concatenate([self.train.indices, more]))
+    return Source(self.train.name, self.train._records, indices)
 
 
 def open(
@@ -105,9 +105,7 @@ def open(
       f'holding out the fraction {hold_out} of {len(held_out)} train images of'
       f' {name} leaves one part empty; choose another fraction'
     )
-  train = np.flatnonzero(~held_out)
-  order = np.argsort(_draws(seed, train)[:, 0])
-  train = np.sort(train[order[: max(1, round(train_share * len(train)))]])
+  train = _share(np.flatnonzero(~held_out), train_share, seed)
   part = lambda split, indices: Source(name, records[split], indices)
   return Splits(
     train=part('train', train),
@@ -235,6 +233,12 @@ class _Incomplete(Source):
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     return super().__getitem__(index) | {_MISSING: self._missing[index]}
+
+
+def _share(indices: np.ndarray, share: float, seed: int) -> np.ndarray:
+  """A share of some stored positions, in order, at least one."""
+  order = np.argsort(_draws(seed, indices)[:, 0])
+  return np.sort(indices[order[: max(1, round(share * len(indices)))]])
 
 
 def _draws(seed: int, indices: np.ndarray) -> np.ndarray:

@@ -298,7 +298,9 @@ def penalty(groups: Groups, params: PyTree) -> jax.Array:
 def lambda_max(groups: Groups, gradients: PyTree) -> jax.Array:
   """λ_max = max_g ‖∇_g L‖₂ / √n_g, the largest coefficient worth trying.
 
-  Above it, no group's gradient outweighs the penalty at θ_g = 0.
+  Above it, no group's gradient outweighs the group lasso at θ_g = 0: it is the dual
+  norm of R. For every penalty it is the unit of λ; those that treat single weights (l1,
+  sparse group lasso) may need up to √n_g times as much to kill a group.
 
   Args:
     groups: which leaves.

@@ -146,10 +146,12 @@ def compare(
   """Adds one pair of hold-out losses, by task, to the running comparison.
 
   The pair shares its batch, so the batch's own difficulty cancels in the gap. A task
-  without a loss (NaN: absent from this step's episodes) keeps its numbers.
+  without a loss (NaN: absent from this step's episodes; 0: no label in the batch) keeps
+  its numbers.
   """
-  logs = lambda values: jnp.log(jnp.stack(list(values.values())))
-  seen = ~jnp.isnan(logs(dense))
+  stack = lambda values: jnp.stack(list(values.values()))
+  logs = lambda values: jnp.log(stack(values))
+  seen = (stack(dense) > 0) & (stack(sparse) > 0)
   # The first comparisons weigh as in a plain mean.
   weight = jnp.where(seen, jnp.maximum(1 - decay, 1 / (twin.count + 1)), 0)
   gap = jnp.where(seen, logs(sparse) - logs(dense), 0)

@@ -53,7 +53,7 @@ Results = Mapping[str, Mapping[int, Result]]  # run -> seed -> result
 Failures = Mapping[tuple[str, int], str]  # (run, seed) -> reason
 
 
-def run(sweep: ConfigDict, workdir: Path) -> Path:
+def run(sweep: ConfigDict, workdir: Path, *, skip_corrupt: bool = False) -> Path:
   """Trains what is missing of a sweep, one run after another, and tables them all.
 
   A run of name N and seed s is an ordinary work directory, `workdir`/<N>/<s>. All runs
@@ -63,6 +63,7 @@ def run(sweep: ConfigDict, workdir: Path) -> Path:
   Args:
     sweep: see `configs.sweeps.base.new`.
     workdir: of the sweep; gets table.md, table.csv and report/.
+    skip_corrupt: see `train.prepare`.
 
   Returns:
     Path of the page with table and figures.
@@ -85,7 +86,7 @@ def run(sweep: ConfigDict, workdir: Path) -> Path:
     logger.info('run %d of %d: %s, seed %d', number, len(plan), name, seed)
     try:
       results.setdefault(name, {})[seed] = _run(
-        sweep, runs[name], seed, workdir, failures
+        sweep, runs[name], seed, workdir, failures, skip_corrupt
       )
     except Exception as e:  # whatever one run dies of, the others have to go on
       failures[name, seed] = _failure(e, folder(workdir, name, seed))
@@ -96,7 +97,11 @@ def run(sweep: ConfigDict, workdir: Path) -> Path:
     if finished:
       page = write(sweep, finished, failures, workdir)
   if failures:
-    listed = '; '.join(f'{n}, seed {s}: {why}' for (n, s), why in failures.items())
+    by_reason = {}
+    for (name, seed), why in failures.items():
+      by_reason.setdefault(why, []).append(f'{name}, seed {seed}')
+    more = lambda runs: f' and {len(runs) - 1} more' if len(runs) > 1 else ''
+    listed = '; '.join(f'{r[0]}{more(r)}: {why}' for why, r in by_reason.items())
     where = f'; the others are in {page}' if finished else ''
     raise UserError(f'{len(failures)} of {len(plan)} runs failed: {listed}{where}')
   return page
@@ -155,13 +160,13 @@ def configuration(
   return config
 
 
-def _run(sweep, entry, seed, workdir, failures) -> Result:
+def _run(sweep, entry, seed, workdir, failures, skip_corrupt) -> Result:
   """The result of one run, which is trained if need be."""
   if (entry.start, seed) in failures:
     raise UserError(f'it starts from {entry.start}, which failed')
   config = configuration(sweep, entry, seed, workdir)
   place = folder(workdir, entry.name, seed)
-  rows = trained(config, place, adapt=entry.adapt)
+  rows = trained(config, place, adapt=entry.adapt, skip_corrupt=skip_corrupt)
   try:
     layers = json.loads((place / 'groups.json').read_text())['layers']
   except FileNotFoundError:  # groups of single weights
@@ -175,7 +180,13 @@ def _run(sweep, entry, seed, workdir, failures) -> Result:
   )
 
 
-def trained(config: ConfigDict, workdir: Path, *, adapt: bool = False) -> list[dict]:
+def trained(
+  config: ConfigDict,
+  workdir: Path,
+  *,
+  adapt: bool = False,
+  skip_corrupt: bool = False,
+) -> list[dict]:
   """The log of a run, which is trained first if it has not been to its end.
 
   Raises:
@@ -188,7 +199,8 @@ def trained(config: ConfigDict, workdir: Path, *, adapt: bool = False) -> list[d
   # The report is what a run writes last.
   ended = any(row['split'] == 'test' for row in rows) and report.path(workdir).exists()
   if not ended:
-    (train.adapt if adapt else train.train)(config, workdir)
+    start = train.adapt if adapt else train.train
+    start(config, workdir, skip_corrupt=skip_corrupt)
     rows = writer.read(log)
   return rows
 

@@ -144,7 +144,7 @@ def build(
   if has_coefficient and sparsity.settle:
     settled = round((1 - sparsity.settle) * config.train.steps)
   learned = sparsity.coefficient == 'learned'
-  objective = _objective(config, model, shape, hold_out_images)
+  objective = _objective(config, model, shape, hold_out_images, groups.layers)
   differentiated = learned and objectives.differentiates(
     objective.kind, len(groups.names)
   )
@@ -241,16 +241,24 @@ def _uses_hold_out(config):
   return sparsity.coefficient == 'learned' and own
 
 
-def _objective(config, model, shape, hold_out_images):
+def _objective(config, model, shape, hold_out_images, layers):
   """What λ is for."""
   sparsity = config.sparsity
   share = config.train.batch_size // (2 if config.meta.inner_steps else 1)
   by_flops = sparsity.objective == 'budget' and sparsity.measure == 'flops'
+  positions = multitask.positions(model, shape) if by_flops else None
+  unknown = [layer for layer in layers if by_flops and layer not in positions]
+  if unknown and sparsity.axis != 'coupled':
+    raise UserError(
+      f'sparsity.measure=flops counts the backbone alone, but sparsity.pattern='
+      f'{sparsity.pattern!r} matches {unknown[0]}; use sparsity.measure=weights or '
+      f'another pattern'
+    )
   objective = objectives.Objective(
     kind=sparsity.objective,
     target=sparsity.target,
     measure=sparsity.measure,
-    positions=multitask.positions(model, shape) if by_flops else None,
+    positions=positions,
     tolerance=sparsity.tolerance,
     search=_search_steps(config),
     hold_out_batches=max(hold_out_images / max(share, 1), 1.0),
@@ -281,10 +289,18 @@ def _check(config):
     section, name = field.split('.')
     if config[section][name] < 1:
       raise UserError(f'{field} is {config[section][name]}; it has to be at least 1')
-  if len(config.data.image_size) != 2 or min(config.data.image_size) < 16:
+  size = config.data.image_size
+  whole = all(isinstance(n, int) for n in size)
+  if len(size) != 2 or not whole or min(size) < 16:
     raise UserError(
-      f'data.image_size is {config.data.image_size}; it has to be two numbers, rows '
-      f'and columns, of at least 16'
+      f'data.image_size is {size}; it has to be two whole numbers, rows and columns, '
+      f'of at least 16'
+    )
+  if not 0 <= config.seed < 2**31:
+    raise UserError(f'seed is {config.seed}; it has to be in [0, 2^31)')
+  if config.sparsity.min_alive < 0:
+    raise UserError(
+      f'sparsity.min_alive is {config.sparsity.min_alive}; it has to be at least 0'
     )
   if not 0 < config.data.train_share <= 1:
     raise UserError(
@@ -842,10 +858,10 @@ def _export_onnx(predict, shape, images):
       'pip install -r requirements-onnx.txt'
     )
     return None
-  from msp import onnx
-
   logger.info('exporting model.onnx')
   try:
+    from msp import onnx
+
     content = onnx.serialize(predict, shape)
     worst = export.check(onnx.run(content, images), predict, images)
   except Exception as e:  # a converter raises what it likes; the rest is written
@@ -901,7 +917,8 @@ class Run(NamedTuple):
       hold_out = stream(self.splits.hold_out, batch_size=share, seed=c.seed + 1)
       streams['hold_out'] = hold_out
     if self.experiment.settled_step is not None:
-      streams['all'] = training(self.splits.train_and_hold_out)
+      whole = self.splits.with_hold_out(c.data.train_share, c.seed)
+      streams['all'] = training(whole)
     return Feed(streams, c.meta.inner_steps, self.sharded)
 
   def initial_state(self, *, abstract: bool = False) -> TrainState:

@@ -437,9 +437,11 @@ def build(
     `optax.chain` of them.
 
   Raises:
-    UserError: unknown name, or arguments it does not take; differentiated without
-      eps_root.
+    UserError: no entry, unknown name, or arguments it does not take; differentiated
+      without eps_root.
   """
+  if not entries:
+    raise UserError(f'{where} is empty; name at least one transform')
   return optax.chain(
     *(_resolve(dict(entry), where, differentiated) for entry in entries)
   )

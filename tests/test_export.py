@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from msp import export, tasks
 from msp.compact import Compact
@@ -120,9 +121,12 @@ def test_a_folder_of_pictures(network, exported, tmp_path, caplog):
   large.save(photos / 'large.png')
   (photos / '05.png').write_bytes(b'no picture')
   Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(photos / 'deep.png')
+  text = PngInfo()
+  text.add_text('a comment', 'x' * 2_000_000, zip=True)  # Pillow reads a million
+  large.save(photos / 'chatty.png', pnginfo=text)
   (photos / 'below').mkdir()
   target = tmp_path / 'out' / 'predictions'
-  assert predict_folder(exported, photos, target) == (18, 2)
+  assert predict_folder(exported, photos, target) == (18, 3)
   assert 'skipped: unreadable image' in caplog.text
   assert '05.png' in caplog.text
   assert 'more than 8 bits' in caplog.text

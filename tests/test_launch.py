@@ -136,6 +136,18 @@ MISTAKES = [
   ({'data.image_size': (64,)}, r'image_size is \(64,\)'),
   ({'data.hold_out': 0.0}, 'data.hold_out is 0.0; a learned λ needs a part'),
   ({'sparsity.learn_on': 'train'}, "learn_on is 'train'; known: hold_out, query"),
+  ({'data.image_size': (64, 64.5)}, r'image_size is \(64, 64\.5\); .* whole numbers'),
+  ({'seed': -1}, r'seed is -1; it has to be in \[0, 2\^31\)'),
+  ({'sparsity.min_alive': -1}, 'min_alive is -1; it has to be at least 0'),
+  ({'optimizer': []}, 'optimizer is empty; name at least one transform'),
+  (
+    {
+      'sparsity.objective': 'budget',
+      'sparsity.measure': 'flops',
+      'sparsity.pattern': '.*kernel',
+    },
+    'measure=flops counts the backbone alone, but .* matches heads/',
+  ),
   ({'model.depth': 34}, 'unknown model depth 34: choose one of 18, 50, 101'),
   ({'model.norm': 'layer'}, "unknown model norm 'layer'"),
   (

@@ -45,11 +45,13 @@ def test_absent_tasks_are_left_out_of_the_comparison():
   assert t.count.tolist() == [1, 0]
   t = objectives.compare(t, losses(4.0, 3.0), losses(1.0, 1.0), 0.9)
   np.testing.assert_allclose(t.gap, [math.log(8) / 2, math.log(3)], atol=1e-6)
-  before = t
-  t = objectives.compare(t, losses(5.0, jnp.nan), losses(1.0, jnp.nan), 0.9)
-  for name in ('count', 'gap', 'level', 'spread'):  # b keeps its numbers
-    assert getattr(t, name)[1] == getattr(before, name)[1]
-    assert np.isfinite(getattr(t, name)).all()
+  # Of a task that is absent, and of one without a label in the batch.
+  for nothing in (jnp.nan, 0.0):
+    before = t
+    t = objectives.compare(t, losses(5.0, nothing), losses(1.0, nothing), 0.9)
+    for name in ('count', 'gap', 'level', 'spread'):  # b keeps its numbers
+      assert getattr(t, name)[1] == getattr(before, name)[1]
+      assert np.isfinite(getattr(t, name)).all()
 
 
 def test_tolerance_pushes_towards_the_bound_from_both_sides():

@@ -72,7 +72,8 @@ def trained(monkeypatch):
   """Training is replaced by writing a log; lists what was trained, may fail."""
   calls, failing = [], {}
 
-  def pretend(config, folder):
+  def pretend(config, folder, *, skip_corrupt):
+    assert not skip_corrupt
     key = config.name.partition(': ')[2], config.seed
     calls.append((*key, config.initial))
     workdir.claim(folder, config)
@@ -174,6 +175,19 @@ def test_a_run_killed_before_its_last_file_is_not_finished(tmp_path, trained):
   (place / 'report' / 'index.html').unlink()
   sweep.run(make(), tmp_path)
   assert [call[:2] for call in calls] == [('sparse', 1)]
+
+
+def test_runs_that_fail_alike_are_told_of_once(tmp_path, monkeypatch):
+  def fail(config, folder, *, skip_corrupt):
+    raise DataError(f'no such folder, {skip_corrupt}')
+
+  monkeypatch.setattr(train, 'train', fail)
+  made = make()
+  made.runs[1].start = ''
+  with pytest.raises(UserError) as caught:
+    sweep.run(made, tmp_path, skip_corrupt=True)
+  wanted = '4 of 4 runs failed: alone, seed 0 and 3 more: no such folder, True'
+  assert str(caught.value) == wanted
 
 
 def test_the_first_runs_need_not_have_the_task_of_the_target(tmp_path, trained):

@@ -520,7 +520,9 @@ def test_a_settled_run_trains_on_the_images_of_the_coefficient_too(faces):
   one = train._open(config(faces), jax.devices()[:1], None)
   parts, feed = one.splits, one.feed()
   whole = sorted([*parts.train.indices, *parts.hold_out.indices])
-  assert list(parts.train_and_hold_out.indices) == whole
+  assert list(parts.with_hold_out(1.0, 0).indices) == whole
+  few = set(parts.with_hold_out(0.5, 0).indices) - set(parts.train.indices)
+  assert len(few) == len(parts.hold_out) // 2
   pictures = lambda source: {source[i]['image'].tobytes() for i in range(len(source))}
   seen = {}
   for settled in (False, True):

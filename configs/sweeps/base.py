@@ -18,6 +18,7 @@ from configs import (
 LEARNED = {
   'sparsity.coefficient': 'learned',
   'sparsity.objective': 'tolerance',
+  'sparsity.settle': 0.4,  # or the hold-out images never reach the weights
   'data.hold_out': 0.2,
 }
 NO_COEFFICIENT = {'sparsity.coefficient': 'none', 'data.hold_out': 0.0}
