@@ -53,7 +53,11 @@ class Network:
     shape = (*self.config.data.image_size, 3)
     positions = multitask.positions(result.model, shape)
     leaves = gr.by_path(result.params)
-    return result, sum(2 * leaves[path].size * n for path, n in positions.items())
+    return result, sum(
+      2 * leaves[path].size * n
+      for path, n in positions.items()
+      if path.startswith('backbone/')
+    )
 
   def gradients(self, batches):
     """Mean gradient of the summed losses over some batches."""

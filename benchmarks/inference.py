@@ -60,7 +60,11 @@ def flops(network, size):
   leaves = gr.by_path(network.params)
   shape = (size, size, 3)
   positions = multitask.positions(network.model, shape)
-  backbone = sum(2 * leaves[path].size * n for path, n in positions.items())
+  backbone = sum(
+    2 * leaves[path].size * n
+    for path, n in positions.items()
+    if path.startswith('backbone/')
+  )
   program = jax.jit(
     lambda p, s, x: multitask.apply(network.model, p, s, x, train=False)[0]
   )

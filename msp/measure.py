@@ -19,13 +19,16 @@ class Cost(NamedTuple):
   Attributes:
     parameters: all of them.
     backbone_flops: of the backbone's convolutions, 2 · kernel size · positions · batch.
-    flops: of everything, by XLA's cost analysis; 0 where it has none.
+    kernel_flops: the same of all kernels, those of the heads included.
+    flops: of everything, by XLA's cost analysis, which leaves out the taps outside of
+      the picture; 0 where it has none.
     temporaries: bytes that activations need at their peak, by XLA's account.
     seconds: of every timed call.
   """
 
   parameters: int
   backbone_flops: int
+  kernel_flops: int
   flops: float
   temporaries: int
   seconds: tuple[float, ...]
@@ -75,10 +78,11 @@ def cost(
   for name, (_, params, _) in networks.items():
     program = programs[name][0]
     leaves = gr.by_path(params)
-    flops = sum(2 * leaves[path].size * n for path, n in positions.items())
+    flops = {p: 2 * batch_size * leaves[p].size * n for p, n in positions.items()}
     found[name] = Cost(
       parameters=sum(x.size for x in leaves.values()),
-      backbone_flops=batch_size * flops,
+      backbone_flops=sum(n for p, n in flops.items() if p.startswith('backbone/')),
+      kernel_flops=sum(flops.values()),
       flops=(program.cost_analysis() or {}).get('flops', 0.0),
       temporaries=program.memory_analysis().temp_size_in_bytes,
       seconds=tuple(times[name]),
@@ -117,6 +121,7 @@ def table(
         [c.backbone_flops / size / 1e9 for c in found],
         '{:.3g}',
       )
+      row('all GFLOP an image', [c.kernel_flops / size / 1e9 for c in found], '{:.3g}')
       row('all GFLOP an image, by XLA', [c.flops / size / 1e9 for c in found], '{:.3g}')
     row(
       f'activations MiB, batch {size}', [c.temporaries / 2**20 for c in found], '{:.3g}'

@@ -144,7 +144,7 @@ def build(
   if has_coefficient and sparsity.settle:
     settled = round((1 - sparsity.settle) * config.train.steps)
   learned = sparsity.coefficient == 'learned'
-  objective = _objective(config, model, shape, hold_out_images, groups.layers)
+  objective = _objective(config, model, shape, hold_out_images)
   differentiated = learned and objectives.differentiates(
     objective.kind, len(groups.names)
   )
@@ -241,24 +241,16 @@ def _uses_hold_out(config):
   return sparsity.coefficient == 'learned' and own
 
 
-def _objective(config, model, shape, hold_out_images, layers):
+def _objective(config, model, shape, hold_out_images):
   """What λ is for."""
   sparsity = config.sparsity
   share = config.train.batch_size // (2 if config.meta.inner_steps else 1)
   by_flops = sparsity.objective == 'budget' and sparsity.measure == 'flops'
-  positions = multitask.positions(model, shape) if by_flops else None
-  unknown = [layer for layer in layers if by_flops and layer not in positions]
-  if unknown and sparsity.axis != 'coupled':
-    raise UserError(
-      f'sparsity.measure=flops counts the backbone alone, but sparsity.pattern='
-      f'{sparsity.pattern!r} matches {unknown[0]}; use sparsity.measure=weights or '
-      f'another pattern'
-    )
   objective = objectives.Objective(
     kind=sparsity.objective,
     target=sparsity.target,
     measure=sparsity.measure,
-    positions=positions,
+    positions=multitask.positions(model, shape) if by_flops else None,
     tolerance=sparsity.tolerance,
     search=_search_steps(config),
     hold_out_batches=max(hold_out_images / max(share, 1), 1.0),

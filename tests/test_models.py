@@ -755,16 +755,22 @@ def test_bad_value_is_one_line_that_lists_the_choices(arguments, listed):
   assert '\n' not in str(error.value)
 
 
-def test_positions_of_every_backbone_kernel():
+def test_positions_of_every_kernel():
   model = multitask.build(TASKS, depth=18, **TINY)
   params, _ = jax.eval_shape(
     lambda key: multitask.init(model, key, (64, 48, 3)), jax.random.key(0)
   )
   found = multitask.positions(model, (64, 48, 3))
-  assert set(found) == set(gr.find(params).layers)
+  assert set(found) == {p for p in gr.by_path(params) if p.endswith('/kernel')}
   size = lambda layer: found[f'backbone/{layer}/kernel']
   assert size('stem_conv1') == size('stem_conv3') == 32 * 24
   assert size('layer1_0/conv1') == 16 * 12
   # Output stride 8 from the second stage on.
   for stage in (2, 3, 4):
     assert size(f'layer{stage}_0/conv2') == 8 * 6
+  ones = ('parts/pool_conv', 'smiling/hidden', 'smiling/logits')
+  heads = {path: n for path, n in found.items() if path.startswith('heads/')}
+  assert {path for path, n in heads.items() if n == 1} == {
+    f'heads/{name}/kernel' for name in ones
+  }
+  assert {n for n in heads.values() if n != 1} == {8 * 6}

@@ -310,6 +310,9 @@ def test_the_sweeps_are_those_of_the_papers():
   nyu = runs('less_is_more', 'nyu')
   sets = {entry.tasks for entry in nyu.values()}
   assert len(sets) == 4 + 3 + 1 + 1
+  faces = {entry.tasks for entry in runs('less_is_more', 'celeba').values()}
+  assert len(faces) == 4 + 4 + 2 + 1
+  assert ('male', 'arched_eyebrows', 'smiling') in faces
   grid = [c.sparsity.value for name, c in nyu.items() if name.startswith('grid')]
   assert grid == [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2]
   corners = runs('transfer', 'nyu')
@@ -322,3 +325,5 @@ def test_the_sweeps_are_those_of_the_papers():
   assert shares == {1.0, 0.5, 0.1, 0.02}
   celeba = runs('meta_sparsity', 'celeba')
   assert max(len(c.tasks) for c in celeba.values()) == 7
+  alone = {c.tasks for name, c in celeba.items() if name.endswith('alone')}
+  assert len(alone) == 7

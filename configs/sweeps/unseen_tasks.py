@@ -30,10 +30,12 @@ def get_config(arg: str = '') -> ConfigDict:
   known = given.tasks if 'tiny' in given.argument else (*given.tasks, *given.more)
   seen = tuple(task for task in known if task != unseen)
   everything = {'tasks': (*seen, unseen)}
+  # The subsets of six tasks are 63.
+  meta = base.LEARNED | ({'meta.episodes': '2'} if len(seen) > 4 else {})
   for name, config, changes in (
     ('dense', given.multitask, {}),
     ('sparse', given.multitask, base.LEARNED),
-    ('meta', given.meta, base.LEARNED),
+    ('meta', given.meta, meta),
   ):
     base.add(sweep, name, config(), {'tasks': seen}, changes)
   for share in (1.0, 0.5, 0.1, 0.02):

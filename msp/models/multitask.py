@@ -1,5 +1,6 @@
 """One shared backbone with a head per task, as pure functions."""
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -168,7 +169,7 @@ def init(
 
 
 def positions(model: MultiTask, image_shape: Sequence[int]) -> dict[str, int]:
-  """Output positions (rows · columns) of every convolution of the backbone.
+  """Output positions (rows · columns) of every kernel; of a dense layer 1.
 
   Args:
     model: from `build`.
@@ -178,23 +179,30 @@ def positions(model: MultiTask, image_shape: Sequence[int]) -> dict[str, int]:
     Path of the kernel, such as 'backbone/layer1_0/conv1/kernel' -> positions. The
     FLOPs of one image are 2 · kernel size · positions.
   """
-  image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
 
-  def outputs(x):
-    variables = model.backbone.lazy_init(jax.random.key(0), x, train=False)
-    _, state = model.backbone.apply(
+  def run(module, x):
+    variables = module.lazy_init(jax.random.key(0), x, train=False)
+    result, state = module.apply(
       variables,
       x,
       train=False,
-      capture_intermediates=lambda module, _: isinstance(module, convolution.Conv),
+      capture_intermediates=lambda m, _: isinstance(m, convolution.Conv | nn.Dense),
       mutable=['intermediates'],
     )
-    return state['intermediates']
+    return result, state['intermediates']
 
+  image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  shapes = lambda module, x: jax.eval_shape(lambda y: run(module, y), x)
+  features, captured = shapes(model.backbone, image)
+  outputs = {'backbone': captured}
+  for task, head in model.heads.items():
+    outputs[f'heads/{task}'] = shapes(head, features)[1]
   found = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(outputs, image)):
-    layer = jax.tree_util.keystr(path, simple=True, separator='/').split('/__call__')[0]
-    found[f'backbone/{layer}/kernel'] = leaf.shape[1] * leaf.shape[2]
+  for parent, captured in outputs.items():
+    for path, leaf in jax.tree_util.tree_leaves_with_path(captured):
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      layer = name.split('/__call__')[0]
+      found[f'{parent}/{layer}/kernel'] = math.prod(leaf.shape[1:-1])
   return found
 
 
