@@ -14,7 +14,7 @@ bool, and one entry per task. A value of each kind says that there is no label:
 from data.errors import DataError
 from data.labels import NO_LABEL, Label
 from data.pipeline import Source, Splits, eval_batches, open, train_iterator
-from data.preparation import labels, prepare, render
+from data.preparation import labels, prepare, render, terms
 from data.procedural_faces import render_faces
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
   'prepare',
   'render',
   'render_faces',
+  'terms',
   'train_iterator',
 ]

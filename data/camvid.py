@@ -45,6 +45,8 @@ SPLITS = ('train', 'val', 'test')
 PRESENCE_CLASSES = ('pedestrian', 'bicyclist', 'fence', 'sign')
 _PRESENCE_PREFIX = 'presence_'
 
+TERMS = 'no licence comes with its files; the terms are those of its authors'
+
 LABELS: dict[str, Label] = {
   'segmentation': Label('segmentation', CLASSES),
   'edges': Label('edges', ('edge',)),

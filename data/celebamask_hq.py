@@ -71,6 +71,8 @@ ATTRIBUTES = (
   'Young',
 )  # fmt: skip
 
+TERMS = 'for non-commercial research and educational purposes only'
+
 LABELS: dict[str, Label] = {
   'segmentation': Label('segmentation', SEGMENTATION_CLASSES),
   'parts': Label('segmentation', PART_CLASSES),

@@ -81,6 +81,8 @@ MIN_NORM = 0.5
 MAX_COMPONENT = 1.01  # of a normal: 1, and what rounding adds
 _MIRROR = np.array([-1, 1, 1], np.float32)
 
+TERMS = 'no licence comes with its files; the terms are those of its authors'
+
 LABELS: dict[str, Label] = {
   'segmentation': Label('segmentation', CLASSES),
   'depth': Label('depth', ('depth',)),

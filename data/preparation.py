@@ -87,6 +87,15 @@ def labels(name: str) -> dict[str, Label]:
   return dict(data_set(name).LABELS)
 
 
+def terms(name: str) -> str:
+  """What its authors allow a data set's pictures to be used for, in words.
+
+  Raises:
+    DataError: unknown data set.
+  """
+  return data_set(name).TERMS
+
+
 def render(
   name: str,
   target: Path | str,

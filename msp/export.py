@@ -1,5 +1,6 @@
 """A trained network as one file that needs JAX alone to run: serialised StableHLO."""
 
+import logging
 from collections.abc import Callable, Mapping
 
 import jax
@@ -10,6 +11,8 @@ from msp.compact import Compact
 from msp.errors import UserError
 from msp.models import multitask
 from msp.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -50,12 +53,29 @@ def serialize(predict: Callable, image_shape: tuple[int, int, int]) -> bytes:
     image_shape: (H, W, 3).
 
   Returns:
-    The content of a file for all of `PLATFORMS`; `jax.export.deserialize` reads it.
+    The content of a file for all of `PLATFORMS`, or, with a warning, for those that
+    this build can export for; `jax.export.deserialize` reads it.
+
+  Raises:
+    UserError: it can for none of them; says why.
   """
   (batch,) = jax_export.symbolic_shape('b')
   images = jax.ShapeDtypeStruct((batch, *image_shape), np.float32)
-  exported = jax_export.export(jax.jit(predict), platforms=PLATFORMS)(images)
-  return bytes(exported.serialize())
+  lower = lambda names: jax_export.export(jax.jit(predict), platforms=names)(images)
+  try:
+    return bytes(lower(PLATFORMS).serialize())
+  except Exception:  # which of them it was, JAX does not say
+    able = []
+    for name in PLATFORMS:
+      try:
+        lower((name,))
+        able.append(name)
+      except Exception as error:
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+        logger.warning('no export for %s: %s', name, reason)
+    if not able:
+      raise UserError(f'no platform can be exported for: {reason}') from None
+    return bytes(lower(tuple(able)).serialize())
 
 
 def run(content: bytes, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -60,6 +60,22 @@ class Initial(NamedTuple):
 _SHAPE = 'backbone.json'
 
 
+class Fitting(NamedTuple):
+  """What of some initial weights is used.
+
+  Attributes:
+    params: parameters by path.
+    batch_stats: running statistics by path.
+    fresh: paths of leaves that stay as initialised.
+    unused: names of arrays without a place.
+  """
+
+  params: Mapping[str, np.ndarray] = {}
+  batch_stats: Mapping[str, np.ndarray] = {}
+  fresh: tuple[str, ...] = ()
+  unused: tuple[str, ...] = ()
+
+
 def read(source: str, model: multitask.MultiTask) -> Initial:
   """Reads initial weights, whatever wrote them.
 
@@ -146,6 +162,27 @@ def keep_shape(workdir: Path, shape: Shape) -> None:
   write_file(workdir / _SHAPE, lambda f: f.write(content))
 
 
+def write_report(workdir: Path, used: Fitting) -> Path:
+  """Writes initial.json: what is taken over, what is fresh, what has no use.
+
+  Args:
+    workdir: of the run.
+    used: from `fitting`.
+
+  Returns:
+    Path of the file: names of leaves, and the shapes of those taken over.
+  """
+  taken = {**used.params, **used.batch_stats}
+  content = {
+    'taken over': {path: list(x.shape) for path, x in sorted(taken.items())},
+    'fresh': list(used.fresh),
+    'of no use': list(used.unused),
+  }
+  path = workdir / 'initial.json'
+  write_file(path, lambda f: f.write(json.dumps(content, indent=2).encode()))
+  return path
+
+
 def kept_shape(workdir: Path) -> Shape | None:
   """The shape that `keep_shape` wrote, None if there is none.
 
@@ -218,22 +255,6 @@ def _widths(params, model):
     for s in multitask.streams(model)
     if s.writers[0] in params
   )
-
-
-class Fitting(NamedTuple):
-  """What of some initial weights is used.
-
-  Attributes:
-    params: parameters by path.
-    batch_stats: running statistics by path.
-    fresh: paths of leaves that stay as initialised.
-    unused: names of arrays without a place.
-  """
-
-  params: Mapping[str, np.ndarray] = {}
-  batch_stats: Mapping[str, np.ndarray] = {}
-  fresh: tuple[str, ...] = ()
-  unused: tuple[str, ...] = ()
 
 
 def fitting(initial: Initial, params: PyTree, batch_stats: PyTree) -> Fitting:

@@ -661,6 +661,9 @@ def _claim(workdir, run):
   workdir_module.claim(workdir, run.config)
   if run.config.initial:
     initial_module.keep_shape(workdir, run.experiment.model.backbone.shape)
+  if run.experiment.initial.params:
+    path = initial_module.write_report(workdir, run.experiment.initial)
+    logger.info('what became of every initial weight: %s', path)
 
 
 def evaluate_run(
@@ -809,7 +812,9 @@ def export_run(
   content, images = export.serialize(predict, shape), batch['image']
   worst = export.check(export.run(content, images), predict, images)
   logger.info('read again: predictions differ by at most %.1e', worst)
-  stand_in = ' (procedural stand-in)' if config.data.procedural_images else ''
+  terms = data.terms(config.data.name)
+  if config.data.procedural_images:
+    terms = 'a procedural stand-in, drawn by this program and free to use'
   card = export.card(
     config.name,
     tasks,
@@ -821,7 +826,7 @@ def export_run(
       'parameters, exported': sum(x.size for x in jax.tree.leaves(network.params)),
       'step': latest,
     },
-    f'{config.data.name}{stand_in}; the terms of that data set apply',
+    f'{config.data.name}: {terms}',
   )
   folder = workdir / 'export'
   files = {
@@ -1034,13 +1039,29 @@ def _loop(run, state, progress, feed, checkpoints, writer):
   )
   logger.info('compiling the training step (the first one takes a while)')
 
+  # Under a constraint the violation is what notices.
+  guarded = config.sparsity.coefficient == 'learned'
+  guarded &= config.sparsity.objective == 'holdout'
+  safe = start, _copy(_network(state)) if guarded else None
+
   def record(step, metrics):
-    monitor.check(step, metrics)
+    starved = monitor.check(step, metrics)
     bar.advance(step, metrics)
     if step % c.log_every == 0:
       row = {'split': 'train', 'step': step, 'epoch': step * c.batch_size / images}
       row |= flatten(metrics, experiment.groups.names)
       writer.write({**row, 'step_time': clock.per_step(step)})
+    return starved and guarded
+
+  def rescued(state, step):
+    bar.say(
+      f'step {step}: λ/λ_max of {float(jnp.exp(jnp.mean(state.rho))):.2g} starves the '
+      f'network, most of its layers are at their survival floor; going on from step '
+      f'{safe[0]} with a fourth of that λ'
+    )
+    network = _copy(safe[1])._asdict()
+    tangent = jax.tree.map(jnp.zeros_like, state.tangent)
+    return state._replace(**network, rho=state.rho - math.log(4), tangent=tangent)
 
   pending = None
   with Bar(start, c.steps) as bar, Interruption() as interruption:
@@ -1055,8 +1076,7 @@ def _loop(run, state, progress, feed, checkpoints, writer):
         state, feed.next(settled=settled), jax.random.fold_in(key, step)
       )
       # Reading the previous step's numbers leaves the device busy with this one.
-      if pending is not None:
-        record(*pending)
+      starved = pending is not None and record(*pending)
       pending = step, metrics
       evaluating = step % c.evaluate_every == 0 or step == c.steps
       received = interruption.received
@@ -1064,10 +1084,15 @@ def _loop(run, state, progress, feed, checkpoints, writer):
         # All have to stop after the same step, and asking takes time.
         asking = evaluating or step % c.log_every == 0
         received = processes.agreed(received) if asking else 0
+      if evaluating or received:
+        starved |= record(*pending)
+        pending = None
+      if starved:
+        if pending is not None:
+          record(*pending)
+        state, pending = rescued(state, step), None
       if not (evaluating or received):
         continue
-      record(*pending)
-      pending = None
       score = -math.inf
       if evaluating:
         values = run.evaluate(eval_step, state, run.splits.val)
@@ -1081,6 +1106,8 @@ def _loop(run, state, progress, feed, checkpoints, writer):
           bar.say(f'stopping: no better score since step {progress.best_step}')
       meta = {'data': feed.get_state(), 'progress': progress._asdict()}
       checkpoints.save(step, state, meta, score)
+      if guarded:
+        safe = step, _copy(_network(state))
       clock.reset(step)
       if received:
         bar.say(f'interrupted; step {step} is saved, the same command goes on')
@@ -1088,6 +1115,23 @@ def _loop(run, state, progress, feed, checkpoints, writer):
       if progress.stopped:
         break
   return state, progress
+
+
+class _Network(NamedTuple):
+  """The part of a state that a λ can ruin."""
+
+  params: PyTree
+  batch_stats: PyTree
+  opt_state: PyTree
+
+
+def _network(state):
+  return _Network(state.params, state.batch_stats, state.opt_state)
+
+
+def _copy(arrays):
+  # The step takes over the buffers of its state.
+  return jax.tree.map(jnp.copy, arrays)
 
 
 def _finish(run, workdir, state, checkpoints, writer):
@@ -1133,8 +1177,11 @@ class Monitor:
     ]
     self._warned = set()
 
-  def check(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+  def check(self, step: int, metrics: Mapping[str, jax.Array]) -> bool:
     """Raises on a number that is not finite; warns of a layer at its floor.
+
+    Returns:
+      Whether half of the layers are at their floor, or more.
 
     Raises:
       FloatingPointError: with the step and the first layer it is seen in.
@@ -1164,10 +1211,15 @@ class Monitor:
         step,
         float(np.mean(metrics['lambda_relative'])),
       )
-    for (layer, total), alive in zip(
-      self._totals.items(), np.asarray(metrics['alive']), strict=True
-    ):
-      if alive > self._min_alive or total <= self._min_alive or layer in self._warned:
+    at_floor = [
+      (layer, alive)
+      for (layer, total), alive in zip(
+        self._totals.items(), np.asarray(metrics['alive']), strict=True
+      )
+      if alive <= self._min_alive < total
+    ]
+    for layer, alive in at_floor:
+      if layer in self._warned:
         continue
       self._warned.add(layer)
       logger.warning(
@@ -1176,6 +1228,7 @@ class Monitor:
         gr.short_name(layer),
         'is dead' if alive == 0 else f'is at its survival floor ({alive} alive)',
       )
+    return 2 * len(at_floor) >= len(self._totals) > 0
 
 
 def flatten(

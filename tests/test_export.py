@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -83,6 +84,28 @@ def test_another_network_is_noticed(network, exported):
   broken = {k: v * np.nan for k, v in got.items()}
   with pytest.raises(UserError, match='gives other predictions, by up to nan'):
     export.check(broken, network[1], images(2))
+
+
+def test_a_platform_that_cannot_be_exported_for_is_named(monkeypatch, caplog):
+  predict = lambda images: {'mean': jnp.mean(images, (1, 2, 3))}
+  real = export.jax_export.export
+
+  def without_abacus(function, platforms):
+    if 'abacus' in platforms:
+      raise NotImplementedError('no beads\nhere')
+    return real(function, platforms=platforms)
+
+  monkeypatch.setattr(export.jax_export, 'export', without_abacus)
+  monkeypatch.setattr(export, 'PLATFORMS', ('cpu', 'abacus', 'tpu'))
+  with caplog.at_level('WARNING', logger='msp'):
+    content = export.serialize(predict, SHAPE)
+  assert jax.export.deserialize(bytearray(content)).platforms == ('cpu', 'tpu')
+  (record,) = caplog.records
+  wanted = 'no export for abacus: NotImplementedError: no beads'
+  assert record.getMessage() == wanted
+  monkeypatch.setattr(export, 'PLATFORMS', ('abacus',))
+  with pytest.raises(UserError, match='no platform can be exported for: '):
+    export.serialize(predict, SHAPE)
 
 
 def test_onnx(network):

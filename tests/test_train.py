@@ -1,5 +1,6 @@
 """The loop, end to end, on forty rendered faces."""
 
+import itertools
 import json
 import logging
 import math
@@ -275,11 +276,11 @@ def test_a_run_asked_to_stop_saves_and_goes_on_exactly(
   real = train.Feed.next
   calls = []
 
-  def with_signal(self):
+  def with_signal(self, **options):
     calls.append(None)
     if len(calls) == 4:  # the first one is for the initial state
       signal.raise_signal(signal.SIGTERM)
-    return real(self)
+    return real(self, **options)
 
   with monkeypatch.context() as patch:
     patch.setattr(train.Feed, 'next', with_signal)
@@ -426,6 +427,42 @@ def test_what_is_not_finite_stops_the_run_and_is_named(faces, tmp_path, monkeypa
 
 
 @pytest.mark.slow
+def test_a_coefficient_that_starves_the_network_is_lowered(
+  faces, tmp_path, monkeypatch, caplog
+):
+  """Under `holdout`, where nothing else notices; a kill changes nothing."""
+  c = config(faces, **{'sparsity.start': 1.0, 'sparsity.settle': 0.0})
+  c.optimizer[0].learning_rate = 0.1  # what λ_max does in many smaller steps
+  whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+  with caplog.at_level(logging.INFO, logger='msp'):
+    run(c, whole)
+  trained = [row for row in rows(whole) if row['split'] == 'train']
+  starts = [row['lambda_relative'] for row in trained]
+  falls = [b / a for a, b in itertools.pairwise(starts)]
+  lowered = sum('starves the network' in r.getMessage() for r in caplog.records)
+  assert lowered
+  assert sum(0.2 < fall < 0.3 for fall in falls) == lowered
+  assert trained[-1]['group_sparsity'] < 0.5
+  # It goes on from a network that was not starved.
+  assert (
+    max(row['group_sparsity'] for row in rows(whole) if row['split'] == 'val') < 0.5
+  )
+  real = train.Monitor.check
+
+  def check(self, step, metrics):
+    if step == 5:
+      raise Killed
+    return real(self, step, metrics)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Monitor, 'check', check)
+    with pytest.raises(Killed):
+      run(c, killed)
+  run(c, killed)
+  same_run(killed, whole)
+
+
+@pytest.mark.slow
 def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
   c = config(
     faces,
@@ -456,6 +493,10 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
   for pair in content['costs'].values():
     assert pair['compact']['parameters'] < pair['dense']['parameters']
     assert pair['compact']['backbone_flops'] < 0.5 * pair['dense']['backbone_flops']
+    for cost in pair.values():
+      assert cost['backbone_flops'] < cost['kernel_flops']
+      # XLA leaves the padding out and counts norms; at this size both are large.
+      assert 0.3 < cost['flops'] / cost['kernel_flops'] < 1.5
   experiment = train.build(c, data.labels(c.data.name))
   small = compact.read(tmp_path / 'compact', experiment.model)
   assert compact.compact(*small).model.backbone.shape == small.model.backbone.shape
@@ -627,6 +668,11 @@ def test_adapting_to_an_unseen_task_with_a_frozen_pattern(faces, tmp_path):
     last = rows(folder)[-1]
     assert last['alive_groups']['layer2_0/conv1'] == alive
     assert 'eyeglasses/accuracy' in last
+    told = json.loads((folder / 'initial.json').read_text())
+    assert told['taken over']['backbone/layer2_0/conv1/kernel'] == [*kernel.shape]
+    assert told['fresh']
+    assert all('eyeglasses' in path or 'log_vars' in path for path in told['fresh'])
+    assert told['of no use'] == []
   # A run is as good a start as what was made of one, and has its tasks.
   c.initial = str(tmp_path / 'frozen')
   with pytest.raises(UserError, match='has the tasks male, smiling, eyeglasses'):
