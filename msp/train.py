@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 PyTree = Any
 PANELS = 6  # pictures in the report
+# A layer with no more than this share of its groups alive carries next to nothing.
+STARVED = 1 / 16
 # For programs that run once, where compiling would take longer than running: drawing
 # the weights of the `:tiny` network compiles in a tenth of the time.
 ONCE_ON_CPU = {
@@ -1056,7 +1058,7 @@ def _loop(run, state, progress, feed, checkpoints, writer):
   def rescued(state, step):
     bar.say(
       f'step {step}: λ/λ_max of {float(jnp.exp(jnp.mean(state.rho))):.2g} starves the '
-      f'network, most of its layers are at their survival floor; going on from step '
+      f'network, half of its layers are all but dead; going on from step '
       f'{safe[0]} with a fourth of that λ'
     )
     network = _copy(safe[1])._asdict()
@@ -1172,6 +1174,8 @@ class Monitor:
     self._min_alive = min_alive
     self._search = search
     self._totals = gr.totals(groups, params)
+    # Of single weights a network may well need no more than a sixteenth.
+    self._enough = STARVED if groups.array_axis is not None else 0.0
     self._leaves = [
       gr.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
     ]
@@ -1181,7 +1185,8 @@ class Monitor:
     """Raises on a number that is not finite; warns of a layer at its floor.
 
     Returns:
-      Whether half of the layers are at their floor, or more.
+      Whether half of the layers, or more, are at their floor or have no more than
+      `STARVED` of their groups alive.
 
     Raises:
       FloatingPointError: with the step and the first layer it is seen in.
@@ -1211,15 +1216,13 @@ class Monitor:
         step,
         float(np.mean(metrics['lambda_relative'])),
       )
-    at_floor = [
-      (layer, alive)
-      for (layer, total), alive in zip(
-        self._totals.items(), np.asarray(metrics['alive']), strict=True
-      )
-      if alive <= self._min_alive < total
-    ]
-    for layer, alive in at_floor:
-      if layer in self._warned:
+    starved = 0
+    for (layer, total), alive in zip(
+      self._totals.items(), np.asarray(metrics['alive']), strict=True
+    ):
+      at_floor = alive <= self._min_alive < total
+      starved += at_floor or alive <= self._enough * total
+      if not at_floor or layer in self._warned:
         continue
       self._warned.add(layer)
       logger.warning(
@@ -1228,7 +1231,7 @@ class Monitor:
         gr.short_name(layer),
         'is dead' if alive == 0 else f'is at its survival floor ({alive} alive)',
       )
-    return 2 * len(at_floor) >= len(self._totals) > 0
+    return 2 * starved >= len(self._totals) > 0
 
 
 def flatten(
