@@ -84,6 +84,7 @@ def run(sweep: ConfigDict, workdir: Path, *, skip_corrupt: bool = False) -> Path
   plan = [(seed, name) for seed in sweep.seeds for name in runs]
   for number, (seed, name) in enumerate(plan, 1):
     logger.info('run %d of %d: %s, seed %d', number, len(plan), name, seed)
+    old = report.path(folder(workdir, name, seed)).exists()
     try:
       results.setdefault(name, {})[seed] = _run(
         sweep, runs[name], seed, workdir, failures, skip_corrupt
@@ -94,7 +95,7 @@ def run(sweep: ConfigDict, workdir: Path, *, skip_corrupt: bool = False) -> Path
     # Kept programs of finished runs would fill the memory.
     jax.clear_caches()
     finished = {n: results[n] for n in runs if results.get(n)}
-    if finished:
+    if finished and not (old and number < len(plan)):
       page = write(sweep, finished, failures, workdir)
   if failures:
     by_reason = {}

@@ -191,10 +191,11 @@ def test_a_killed_run_goes_on_exactly(finished, faces, tmp_path, monkeypatch, af
   real, calls = train.Monitor.check, []
 
   def check(self, step, metrics):
-    real(self, step, metrics)
+    starved = real(self, step, metrics)
     calls.append(step)
     if step == after + 1:
       raise Killed
+    return starved
 
   with monkeypatch.context() as patch:
     patch.setattr(train.Monitor, 'check', check)
@@ -232,9 +233,10 @@ def test_other_states_on_two_devices_go_on_exactly(
   real = train.Monitor.check
 
   def check(self, step, metrics):
-    real(self, step, metrics)
+    starved = real(self, step, metrics)
     if step == 3:
       raise Killed
+    return starved
 
   with monkeypatch.context() as patch:
     patch.setattr(train.Monitor, 'check', check)
