@@ -22,13 +22,12 @@ import jax
 
 import data
 from benchmarks import learned_lambda
-from msp import compact, prune, sweep, train
+from msp import compact, measure, prune, sweep, train
 from msp import groups as gr
 from msp import tasks as task_module
 from msp.checkpoint import Checkpoints
 from msp.errors import UserError
 from msp.metrics import delta_m
-from msp.models import multitask
 from msp.train_step import Combination, task_losses
 from msp.workdir import write
 
@@ -51,13 +50,7 @@ class Network:
     """The compact network, and its backbone's FLOPs an image."""
     result = compact.compact(self.experiment.model, params, self.stats)
     shape = (*self.config.data.image_size, 3)
-    positions = multitask.positions(result.model, shape)
-    leaves = gr.by_path(result.params)
-    return result, sum(
-      2 * leaves[path].size * n
-      for path, n in positions.items()
-      if path.startswith('backbone/')
-    )
+    return result, measure.kernel_flops(result.model, result.params, shape)[0]
 
   def gradients(self, batches):
     """Mean gradient of the summed losses over some batches."""

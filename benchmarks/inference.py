@@ -57,14 +57,8 @@ def networks(axis, dead, size, convolution):
 
 def flops(network, size):
   """Counted FLOPs of everything, and of the backbone, an image."""
-  leaves = gr.by_path(network.params)
   shape = (size, size, 3)
-  positions = multitask.positions(network.model, shape)
-  backbone = sum(
-    2 * leaves[path].size * n
-    for path, n in positions.items()
-    if path.startswith('backbone/')
-  )
+  backbone, _ = measure.kernel_flops(network.model, network.params, shape)
   program = jax.jit(
     lambda p, s, x: multitask.apply(network.model, p, s, x, train=False)[0]
   )

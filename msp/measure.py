@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,17 @@ class Cost(NamedTuple):
     return statistics.median(self.seconds)
 
 
+def kernel_flops(
+  model: multitask.MultiTask, params: PyTree, image_shape: Sequence[int]
+) -> tuple[int, int]:
+  """FLOPs of an image, Σ 2 · kernel size · positions: backbone, and all kernels."""
+  leaves = gr.by_path(params)
+  positions = multitask.positions(model, image_shape)
+  flops = {path: 2 * leaves[path].size * n for path, n in positions.items()}
+  backbone = sum(n for path, n in flops.items() if path.startswith('backbone/'))
+  return backbone, sum(flops.values())
+
+
 def cost(
   networks: dict[str, tuple[multitask.MultiTask, PyTree, PyTree]],
   image_shape: tuple[int, int, int],
@@ -73,16 +85,13 @@ def cost(
       if i > 1:
         times[name].append(time.perf_counter() - start)
   found = {}
-  model = next(iter(networks.values()))[0]
-  positions = multitask.positions(model, image_shape)  # those of all of them
-  for name, (_, params, _) in networks.items():
+  for name, (model, params, _) in networks.items():
     program = programs[name][0]
-    leaves = gr.by_path(params)
-    flops = {p: 2 * batch_size * leaves[p].size * n for p, n in positions.items()}
+    backbone, whole = kernel_flops(model, params, image_shape)
     found[name] = Cost(
-      parameters=sum(x.size for x in leaves.values()),
-      backbone_flops=sum(n for p, n in flops.items() if p.startswith('backbone/')),
-      kernel_flops=sum(flops.values()),
+      parameters=sum(x.size for x in jax.tree.leaves(params)),
+      backbone_flops=batch_size * backbone,
+      kernel_flops=batch_size * whole,
       flops=(program.cost_analysis() or {}).get('flops', 0.0),
       temporaries=program.memory_analysis().temp_size_in_bytes,
       seconds=tuple(times[name]),

@@ -177,6 +177,19 @@ def test_a_run_killed_before_its_last_file_is_not_finished(tmp_path, trained):
   assert [call[:2] for call in calls] == [('sparse', 1)]
 
 
+def test_a_finished_sweep_draws_its_page_once(tmp_path, trained, monkeypatch):
+  sweep.run(make(), tmp_path)
+  real, pages = sweep.write, []
+
+  def write(*arguments):
+    pages.append(real(*arguments))
+    return pages[-1]
+
+  monkeypatch.setattr(sweep, 'write', write)
+  assert sweep.run(make(), tmp_path) == pages[0]
+  assert len(pages) == 1
+
+
 def test_runs_that_fail_alike_are_told_of_once(tmp_path, monkeypatch):
   def fail(config, folder, *, skip_corrupt):
     raise DataError(f'no such folder, {skip_corrupt}')

@@ -552,6 +552,18 @@ def test_a_network_that_becomes_its_twin_is_reported(caplog):
   assert planned.getMessage().startswith('step 8: λ/λ_max is 0.12 after the search')
 
 
+@pytest.mark.parametrize(('axis', 'noticed'), [('in', True), ('weight', False)])
+def test_half_of_the_layers_all_but_dead_is_noticed(axis, noticed):
+  """Two of 32 channels are next to nothing; two of many weights may be enough."""
+  layer = lambda: {'kernel': np.ones((1, 1, 32, 4), np.float32)}
+  params = {'backbone': {'a': layer(), 'b': layer()}}
+  monitor = train.Monitor(1, gr.find(params, axis=axis), params)
+  metrics = {'nonfinite': -1, 'loss': 1.0}
+  assert not monitor.check(1, metrics | {'alive': [3, 32]})
+  assert monitor.check(2, metrics | {'alive': [2, 32]}) == noticed
+  assert monitor.check(3, metrics | {'alive': [1, 32]})  # at its floor
+
+
 def test_a_dense_run_has_nothing_to_remove(finished, faces):
   workdir, _ = finished
   before = sorted(path.name for path in workdir.iterdir())
