@@ -2,7 +2,7 @@
 
   python -m benchmarks.learned_lambda camvid --source /path/to/CamVid --out DIR
   python -m benchmarks.learned_lambda faces --out DIR
-  ... rooms --rows 'dense,meta,budget 0.7' --seeds 3 --steps 450
+  ... rooms --rows 'dense,meta,budget 0.7' --seeds 3 --steps 450 --width 0.5
 
 A sweep (`msp.sweep`) with the `:tiny` settings, all runs of the same number of steps:
 the same command goes on after a kill. Ends with DIR/table.md (mean ± standard deviation
@@ -46,6 +46,14 @@ ROWS = {
   'meta holdout': (True, HOLDOUT),
   'meta budget 0.7': (True, base.budget(0.7)),
   'meta dense': (True, base.NO_COEFFICIENT),
+  **{
+    f'K = {steps} from {start:g}': (
+      True,
+      {'meta.inner_steps': steps, 'sparsity.start': start},
+    )
+    for steps in (1, 3, 5, 10)
+    for start in (1e-3, 0.5)
+  },
   # One change each, of 'tolerance from 0.01' and of 'meta'.
   **{
     f'tolerance: {name}': (False, base.LEARNED | {f'sparsity.{k}': v for k, v in c})
@@ -61,7 +69,6 @@ ROWS = {
       ('group SCAD', ('penalty', 'group_scad')),
     )
   },
-  'meta: K = 3': (True, {'meta.inner_steps': 3}),
   'meta: exact': (True, {'meta.exact': True}),
   'meta: one λ a layer': (True, {'sparsity.granularity': 'layer'}),
 }
@@ -71,7 +78,12 @@ ALL_ROWS = ','.join(ROWS)
 
 
 def make(
-  data_set: str, rows: str, seeds: int, source: str = '', steps: int = 0
+  data_set: str,
+  rows: str,
+  seeds: int,
+  source: str = '',
+  steps: int = 0,
+  width: float = 0.0,
 ) -> ConfigDict:
   """The sweep of some rows, whose names have commas between them."""
   made = base.new('learned_lambda', data_set)
@@ -82,7 +94,9 @@ def make(
     if name not in ROWS:
       raise UserError(f'unknown row {name!r}; known: {", ".join(ROWS)}')
     inner, changes = ROWS[name]
-    base.add(made, name, setting.meta() if inner else setting.multitask(), changes)
+    size = {'model.width': width} if width else {}
+    config = setting.meta() if inner else setting.multitask()
+    base.add(made, name, config, changes, size)
     if name == 'dense':
       made.baselines.update({task: name for task in made.runs[-1].config.tasks})
   return made
@@ -104,7 +118,7 @@ def arguments_of(description, **options):
 
 
 def main():
-  arguments = arguments_of(__doc__, rows=ALL_ROWS)
+  arguments = arguments_of(__doc__, rows=ALL_ROWS, width=0.0)
   try:
     made = make(
       arguments.data_set,
@@ -112,6 +126,7 @@ def main():
       arguments.seeds,
       arguments.source,
       arguments.steps,
+      arguments.width,
     )
     page = sweep.run(made, arguments.out)
   except (UserError, data.DataError) as e:

@@ -301,6 +301,9 @@ def test_every_row_of_the_benchmark_of_learned_λ_is_possible():
   for entry in made.runs:
     config = sweep.configuration(made, entry, 0, Path('w'))
     train.build(config, data.labels(config.data.name))
+  (wide,) = learned_lambda.make('camvid', 'K = 5 from 0.5', 1, width=0.5).runs
+  assert wide.config.model.width == 0.5
+  assert (wide.config.meta.inner_steps, wide.config.sparsity.start) == (5, 0.5)
   with pytest.raises(UserError, match="unknown row 'tolerence'; known: dense"):
     learned_lambda.make('camvid', 'dense, tolerence', seeds=1)
 
