@@ -2,8 +2,10 @@
 
 import logging
 import signal
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,8 +34,10 @@ class Bar:
       disable=not self._terminal,
     )
     self._total = total
-    self._said = time.monotonic()
-    self._said_step = start
+    self._said = self._last = time.monotonic()
+    self._compiled = False
+    # Of the latest steps; their median leaves compiling and evaluating out.
+    self._seconds = deque(maxlen=50)
 
   def __enter__(self):
     return self
@@ -45,15 +49,20 @@ class Bar:
     """Shows one step's numbers."""
     self._bar.update(1)
     now = time.monotonic()
-    elapsed = now - self._said
-    if elapsed < (0.5 if self._terminal else 10):
+    elapsed, self._last = now - self._last, now
+    first, self._compiled = not self._compiled, True
+    if not first:
+      self._seconds.append(elapsed)
+    if now - self._said < (0.5 if self._terminal else 10):
       return
-    rate = elapsed / max(step - self._said_step, 1)
-    self._said, self._said_step = now, step
+    self._said = now
     text = describe(metrics)
     if self._terminal:
       self._bar.set_postfix_str(text)
+    elif first:
+      logger.info('compiled, and did step %d, in %d s: %s', step, elapsed, text)
     else:
+      rate = statistics.median(self._seconds)
       left = (self._total - step) * rate
       logger.info(
         'step %d/%d, %.2f s/step, %d s left: %s', step, self._total, rate, left, text
