@@ -2,14 +2,18 @@
 
 from msp import groups, prox
 from msp.adaptation import adapt
-from msp.hypergradient import hypergradient
+from msp.hypergradient import Solver, hypergradient, implicit, online, zero_tangent
 from msp.transforms import adaptive_proximal, proximal
 
 __all__ = [
+  'Solver',
   'adapt',
   'adaptive_proximal',
   'groups',
   'hypergradient',
+  'implicit',
+  'online',
   'prox',
   'proximal',
+  'zero_tangent',
 ]

@@ -71,7 +71,7 @@ def _rule(loss, evaluate, primals, tangents):
   if not all(map(_is_zero, _leaves(d_rest))):
     raise TypeError(
       'msp.adapt is differentiable in the parameters and the coefficient, not in '
-      'its batches or in what its loss closes over'
+      'its batches or in what its loss closes over; again=True is in these too'
     )
   out = evaluate(*primals)
   value, aux, grads = out
@@ -86,7 +86,9 @@ def _rule(loss, evaluate, primals, tangents):
   )
   product = functools.partial(_hessian_product, loss)
   d_grads = jax.custom_derivatives.linear_call(product, product, primals, d_params)
-  return out, (optax.tree.vdot(grads, d_params), d_aux, d_grads)
+  # Parameters of half precision may have a float32 loss.
+  slope = optax.tree.vdot(grads, d_params).astype(value.dtype)
+  return out, (slope, d_aux, d_grads)
 
 
 _is_zero = lambda t: isinstance(t, jax.custom_derivatives.SymbolicZero)
@@ -132,7 +134,9 @@ def adapt(
     unroll: whether the K steps become one straight program. Right on CPU, where
       XLA runs convolutions in a loop body 6 to 100 times slower; elsewhere the
       rolled `lax.scan` compiles in time independent of K.
-    again: whether the derivative of θᴷ will itself be differentiated.
+    again: leaves the derivative of ∇L to JAX, at more time and memory. Needed where
+      that of θᴷ is differentiated again, under `jax.vmap` (which `jax.jacfwd` and
+      `jax.jacrev` use), and where λ is inside the loss, as with a ridge penalty.
     **extra_args: further arguments of the updates of `tx`.
 
   Returns:

@@ -58,8 +58,14 @@ def compact(model: multitask.MultiTask, params: PyTree, batch_stats: PyTree) -> 
     The compact network, as NumPy arrays.
 
   Raises:
-    UserError: a stream that every output passes through is dead; names it.
+    UserError: a stream that every output passes through is dead; names it. A model of
+      another kind.
   """
+  if not isinstance(model, multitask.MultiTask):
+    raise UserError(
+      f'compact knows the streams of a msp.models.multitask.MultiTask only, and this '
+      f'is a {type(model).__name__}; msp.groups.alive works with any network'
+    )
   params, batch_stats = jax.device_get((params, batch_stats))
   leaves, stats = gr.by_path(params), gr.by_path(batch_stats)
   streams = multitask.streams(model)

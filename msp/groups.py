@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from msp.errors import UserError
 
@@ -62,7 +63,12 @@ class Groups(NamedTuple):
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-  """Joins a tree path to 'backbone/layer1_0/conv1/kernel'."""
+  """Joins a tree path to 'backbone/layer1_0/conv1/kernel'.
+
+  The box around an array of an `nnx.State`, or of one with a partitioning, has no name.
+  """
+  if path and path[-1] == jax.tree_util.GetAttrKey('value'):
+    path = path[:-1]
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
@@ -77,7 +83,9 @@ def find(
 
   Args:
     params: tree of arrays or `jax.ShapeDtypeStruct`s.
-    pattern: regular expression that must match a leaf's whole path.
+    pattern: regular expression that must match a leaf's whole path. The leaves it
+      matches have to be `(..., in, out)`: not so kernels of attention, whose last axes
+      are heads and features; a depthwise kernel is one input channel.
     axis: 'in' | 'out' | 'weight' | 'coupled'.
     granularity: 'scalar' (one λ), 'stage' (one for each second component of
       the paths, up to its '_': 'layer1_0' belongs to 'layer1') or 'layer'.
@@ -90,7 +98,8 @@ def find(
   Raises:
     UserError: unknown axis or granularity, a pattern that is no regular
       expression, that matches nothing, or that matches a leaf with fewer than
-      two dimensions; 'coupled' without streams of the matched kernels.
+      two dimensions; 'coupled' without streams of the matched kernels, or with one
+      whose arrays are missing or differ in channels; 'stage' of paths without a stage.
   """
   if axis not in AXES:
     raise UserError(f'sparsity axis {axis!r} is not one of {", ".join(AXES)}')
@@ -107,10 +116,11 @@ def find(
     if expression.fullmatch(path_name(path))
   ]
   if not matched:
-    examples = ', '.join(path_name(path) for path, _ in leaves[:3])
+    kernels = [path_name(path) for path, leaf in leaves if len(leaf.shape) > 1]
+    examples = ', '.join(kernels[:3]) or 'no array of two dimensions or more'
     raise UserError(
-      f'sparsity pattern {pattern!r} matches no parameter; '
-      f'the tree has for example {examples}'
+      f'sparsity pattern {pattern!r} matches no parameter as a whole; the tree has for '
+      f'example {examples}'
     )
   for name, leaf in matched:
     if len(leaf.shape) < 2:
@@ -122,11 +132,11 @@ def find(
   layers = tuple(name for name, _ in matched)
   members = ()
   if axis == 'coupled':
-    paths = {path_name(path) for path, _ in leaves}
+    shapes = {path_name(path): leaf.shape for path, leaf in leaves}
     coupled = {
       f'backbone/{stream.name}': found
       for stream in streams
-      if (found := _members(stream, set(layers), paths))
+      if (found := _members(stream, set(layers), shapes))
     }
     if not coupled:
       raise UserError(
@@ -137,6 +147,11 @@ def find(
   if granularity == 'scalar':
     keys = ['all'] * len(layers)
   elif granularity == 'stage':
+    if any('/' not in name for name in layers):
+      raise UserError(
+        f'sparsity granularity stage needs paths such as backbone/layer1_0/kernel; '
+        f'there is {layers[0]}'
+      )
     keys = [name.split('/')[1].split('_')[0] for name in layers]
   elif granularity == 'layer':
     keys = [short_name(name) for name in layers]
@@ -148,15 +163,26 @@ def find(
   return Groups(axis, layers, tuple(names.index(k) for k in keys), names, members)
 
 
-def _members(stream, matched, paths):
+def _members(stream, matched, shapes):
   """(path, axis) of what a stream's channels extend over."""
+  unknown = [path for path in (*stream.writers, *stream.readers) if path not in shapes]
+  if unknown:
+    raise UserError(f'stream {stream.name}: the tree has no {unknown[0]}')
   written = [
     ((path, -1), (f'{norm}/scale', 0), (f'{norm}/bias', 0))
     for path, norm in zip(stream.writers, stream.norms, strict=True)
     if path in matched
   ]
-  found = [member for trio in written for member in trio if member[0] in paths]
-  return (*found, *((path, -2) for path in stream.readers if path in matched))
+  found = [member for trio in written for member in trio if member[0] in shapes]
+  found += [(path, -2) for path in stream.readers if path in matched]
+  channels = {path: shapes[path][axis] for path, axis in found}
+  if len(set(channels.values())) > 1:
+    raise UserError(
+      f'stream {stream.name}: its arrays differ in channels '
+      f'({", ".join(f"{path} {n}" for path, n in channels.items())}), as where a '
+      f'compact network gathers some; coupled groups need all: use axis in or out'
+    )
+  return tuple(found)
 
 
 def short_name(layer: str) -> str:
@@ -178,6 +204,17 @@ def select(groups: Groups, tree: PyTree) -> dict[str, jax.Array]:
     for layer, members in zip(groups.layers, groups.members, strict=True)
     if all(path in named for path, _ in members)
   }
+
+
+def require(groups: Groups, tree: PyTree) -> None:
+  """Raises UserError if `tree` has no leaf of any group: it is another tree."""
+  named = by_path(tree)
+  wanted = {path for m in groups.members for path, _ in m} or set(groups.layers)
+  if not wanted & named.keys():
+    raise UserError(
+      f'none of the groups is in these parameters: groups of {min(wanted)}, …; '
+      f'parameters {", ".join([*named][:3])}, …. Find the groups in this tree'
+    )
 
 
 def by_path(tree: PyTree) -> dict[str, jax.Array]:
@@ -234,8 +271,11 @@ def coefficients(groups: Groups, sparsity: jax.Array | float) -> dict[str, jax.A
     layer -> λ, shape ().
 
   Raises:
-    UserError: `sparsity` has neither shape.
+    UserError: `sparsity` has neither shape; it is known, and below 0 or not a number.
   """
+  known = not isinstance(sparsity, jax.core.Tracer)
+  if known and not (np.asarray(sparsity) >= 0).all():
+    raise UserError(f'sparsity coefficient is {sparsity}; it has to be 0 or more')
   sparsity = jnp.asarray(sparsity)
   if sparsity.shape not in ((), (len(groups.names),)):
     raise UserError(
@@ -340,6 +380,8 @@ def remove(groups: Groups, params: PyTree, keep: Mapping[str, jax.Array]) -> PyT
   if groups.axis == 'coupled':
     changed = by_path(params)
     for layer, members in zip(groups.layers, groups.members, strict=True):
+      if layer not in keep:  # inside `masked` or `partition`
+        continue
       # A kernel is in two streams: the second finds what the first has left of it.
       matrix = jnp.where(keep[layer][:, None], gather(members, changed), 0)
       changed = scatter(members, matrix, changed)
@@ -367,6 +409,7 @@ class Sparsity(NamedTuple):
 
 def sparsity(groups: Groups, params: PyTree) -> Sparsity:
   """Counts dead groups and zero weights on the axis the prox uses."""
+  require(groups, params)
   leaves = select(groups, params)
   masks = alive(groups, params)
   dead = sum(jnp.sum(~mask) for mask in masks.values())

@@ -441,7 +441,7 @@ def _optimizer(entries, where, penalty, sparsity, groups, metric, differentiated
     groups,
     learning_rate,
     min_alive=sparsity.min_alive,
-    **{name: step[name] for name in ('b2', 'eps', 'eps_root') if name in step},
+    **transforms.metric(step, where),
   )
 
 

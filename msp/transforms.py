@@ -46,7 +46,7 @@ def proximal(
   groups: gr.Groups,
   learning_rate: optax.ScalarOrSchedule,
   *,
-  min_alive: int = 0,
+  min_alive: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Proximal step in the Euclidean metric; the last link of a chain.
 
@@ -60,7 +60,8 @@ def proximal(
     groups: which leaves, and along which axis; all others pass through.
     learning_rate: α, the step size of the optimiser before it, or a schedule.
     min_alive: the strongest `min_alive` groups of each layer are shrunk, but
-      never below a root mean square weight of 1e-3.
+      never below a root mean square weight of 1e-3. None: all may die. One of
+      `static_args` to `optax.inject_hyperparams`.
 
   Returns:
     A transform whose `update` needs `params` and the keyword `sparsity`: λ,
@@ -68,14 +69,15 @@ def proximal(
 
   Raises:
     UserError: unknown penalty; a step that is too large for a concave one (a
-      schedule is looked at in steps 0, 1, 10, …, 10⁶).
+      schedule is looked at in steps 0, 1, 10, …, 10⁶); on `init`, parameters that hold
+      none of the groups.
   """
   kind = get_penalty(penalty) if isinstance(penalty, str) else penalty
   _check_step(kind, learning_rate)
   axis = groups.array_axis
 
   def init(params):
-    del params
+    gr.require(groups, params)
     return ProximalState(jnp.zeros([], jnp.int32))
 
   def update(updates, state, params=None, *, sparsity, **extra_args):
@@ -103,31 +105,37 @@ def adaptive_proximal(
   b2: float = 0.999,
   eps: float = 1e-8,
   eps_root: float = 0.0,
-  min_alive: int = 0,
+  min_alive: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Runs `inner`, then a proximal step in the metric of its second moment.
 
   prox(x) = argmin_z ½(z − x)ᵀD(z − x) + α λ R(z) with x = p + u and
   D = √(v̂ + eps_root) + eps, the preconditioner of the Adam step just made:
   `inner`'s second moment `nu`, bias-corrected by 1/(1 − b2ᵗ) if its state
-  counts steps. (Deleu & Bengio, arXiv 2102.03869; D is corrected as the step is.)
+  counts steps. Where it makes no step, as inside `optax.apply_if_finite` or between
+  those of `optax.MultiSteps`, there is no proximal one either. (Deleu & Bengio, arXiv
+  2102.03869; D is corrected as the step is.)
 
   Args:
-    inner: an optax transform whose state holds one second moment `nu`.
+    inner: an optax transform whose step is in that metric: adam, adamw, nadam,
+      nadamw, adabelief, yogi, rmsprop. Others keep the same state and step in
+      another metric, which cannot be seen from here: adamax, radam, lamb.
     penalty: see `proximal`.
     groups: which leaves, and along which axis.
     learning_rate: α of `inner`, or a schedule.
     b2: decay of the second moment; as given to `inner`.
     eps: as given to `inner`. A group without gradient survives while the root
       mean square of its weights exceeds αλ/eps.
-    eps_root: as given to `inner`; > 0 if the step is differentiated.
+    eps_root: as given to `inner`; > 0 if the step is differentiated. `optax.rmsprop`
+      adds its eps inside the root: eps_root is that one, and eps = 0.
     min_alive: see `proximal`.
 
   Returns:
     A transform; `update` needs `params` and the keyword `sparsity`.
 
   Raises:
-    UserError: on `init`, if `inner` keeps no second moment, or several.
+    UserError: on `init`, if `inner` keeps no second moment of this kind, or several,
+      or not of all the groups; if the parameters hold none of them.
   """
   kind = get_penalty(penalty) if isinstance(penalty, str) else penalty
   axis = groups.array_axis
@@ -135,7 +143,14 @@ def adaptive_proximal(
 
   def init(params):
     inner_state = inner.init(params)
-    _second_moment(inner_state)
+    gr.require(groups, params)
+    measured = gr.select(groups, _second_moment(inner_state).nu)
+    lacking = [layer for layer in gr.select(groups, params) if layer not in measured]
+    if lacking:
+      raise UserError(
+        f'the inner transform keeps no second moment of {lacking[0]}; give it all '
+        f'grouped parameters, or find groups of those that it has'
+      )
     return AdaptiveProximalState(jnp.zeros([], jnp.int32), inner_state)
 
   def update(updates, state, params=None, *, sparsity, **extra_args):
@@ -145,21 +160,25 @@ def adaptive_proximal(
       updates, state.inner_state, params, **extra_args
     )
     step = _step_size(learning_rate, state.count)
-    moment = _second_moment(inner_state)
+    before, moment = _second_moment(state.inner_state), _second_moment(inner_state)
     # RMSProp counts no steps and corrects no bias.
     count = moment.count if 'count' in moment._fields else None
+    moved = count is None or count > before.count
     second = gr.select(groups, moment.nu)
 
     def prox(layer, x, lam):
       nu = second[layer]
       if count is not None:
-        nu = nu / (1 - jnp.asarray(b2, nu.dtype) ** count)
+        # In half precision b2 itself would be 1.
+        nu = nu / (1 - b2 ** jnp.maximum(count, 1)).astype(nu.dtype)
       metric = jnp.sqrt(nu + eps_root) + eps
-      return kind.prox_weighted(x, metric, step, lam, axis)
+      z = kind.prox_weighted(x, metric, step, lam, axis)
+      return z if count is None else jnp.where(moved, z, x)
 
     updates = _proximal_updates(prox, groups, params, updates, sparsity, min_alive)
+    done = optax.safe_increment(state.count)
     return updates, AdaptiveProximalState(
-      optax.safe_increment(state.count), inner_state
+      jnp.where(moved, done, state.count), inner_state
     )
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -182,6 +201,9 @@ def freeze_dead(groups: gr.Groups) -> optax.GradientTransformationExtraArgs:
   Returns:
     A transform without a state whose `update` needs `params`. With the keyword `thaw`,
     shape (), bool, dead groups may come back in a step.
+
+  Raises:
+    UserError: on `init`, parameters that hold none of the groups.
   """
 
   def update(updates, state, params=None, *, thaw=False, **extra_args):
@@ -191,7 +213,11 @@ def freeze_dead(groups: gr.Groups) -> optax.GradientTransformationExtraArgs:
     keep = {layer: alive | thaw for layer, alive in gr.alive(groups, params).items()}
     return gr.remove(groups, updates, keep), state
 
-  return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+  def init(params):
+    gr.require(groups, params)
+    return optax.EmptyState()
+
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _step_size(learning_rate, count):
@@ -199,12 +225,15 @@ def _step_size(learning_rate, count):
 
 
 def _check_step(penalty, learning_rate):
-  if isinstance(learning_rate, jax.core.Tracer):  # inject_hyperparams
+  if penalty.max_step == math.inf:
     return
   steps = [learning_rate]
   if callable(learning_rate):
-    steps = [learning_rate(count) for count in (0, *(10**n for n in range(7)))]
-  largest = max(float(step) for step in steps)
+    with jax.ensure_compile_time_eval():  # also where the transform is made in a jit
+      steps = [learning_rate(count) for count in (0, *(10**n for n in range(7)))]
+  # A traced one, as by inject_hyperparams, cannot be looked at.
+  known = [float(step) for step in steps if not isinstance(step, jax.core.Tracer)]
+  largest = max(known, default=0.0)
   if largest >= penalty.max_step:
     raise UserError(
       f'the penalty is too concave for a step of {largest}: its prox has one minimum '
@@ -252,6 +281,10 @@ def _coupled_updates(prox, groups, params, updates, sparsity, min_alive):
 
 def _protect(x, z, axis, min_alive):
   """Holds the `min_alive` strongest groups of x at or above the floor."""
+  if isinstance(min_alive, jax.core.Tracer):
+    raise UserError(
+      "min_alive is traced; give inject_hyperparams static_args=('min_alive',)"
+    )
   if not min_alive:
     return z
   before = gr.norms(x, axis)
@@ -263,6 +296,18 @@ def _protect(x, z, axis, min_alive):
   return jnp.where(gr.expand(hit, x, axis), x * gr.expand(scale, x, axis), z)
 
 
+# Their `nu` is not, or not alone, what their step is divided by.
+_OTHER_METRICS = (
+  optax.ScaleByAmsgradState,
+  optax.ScaleByNovogradState,
+  optax.ScaleByRStdDevState,
+  optax.ScaleBySM3State,
+)
+
+# The same of optimisers whose state is that of Adam.
+_OTHER_OPTIMIZERS = ('adamax', 'adamaxw', 'lamb', 'radam')
+
+
 def _second_moment(state: Any) -> Any:
   """The one node of an optimiser state that has a field `nu`."""
   has_nu = lambda node: hasattr(node, 'nu')
@@ -272,6 +317,12 @@ def _second_moment(state: Any) -> Any:
       f'adaptive_proximal needs an inner transform with one second moment '
       f'(nu), such as adam, adamw or rmsprop; found {len(nodes)}. After a '
       f'plain step (sgd) use proximal instead'
+    )
+  if isinstance(nodes[0], _OTHER_METRICS):
+    raise UserError(
+      f'adaptive_proximal needs an inner transform whose step is divided by the root '
+      f'of its second moment, such as adam, adamw or rmsprop; that of '
+      f'{type(nodes[0]).__name__} is not'
     )
   return nodes[0]
 
@@ -290,7 +341,8 @@ def scale_by_mean_magnitude(
 
   u ← clamp(u/m̂, −clip, clip), m ← decay·m + (1 − decay)·min(|u|, clip·m̂)
   (m̂ bias-corrected). Hypergradients are heavy-tailed: a mean of clipped
-  magnitudes forgets an outlier, a mean of squares (Adam) carries it for long.
+  magnitudes forgets an outlier, a mean of squares (Adam) carries it for long. A NaN
+  passes through and an infinity is clipped; the mean remembers neither.
 
   Args:
     decay: of the running mean.
@@ -314,11 +366,13 @@ def scale_by_mean_magnitude(
       magnitude = jnp.abs(u)
       # The first non-zero update has no mean to be clipped by.
       limit = jnp.where(m > 0, clip * m / jnp.maximum(correction, 1e-6), jnp.inf)
-      return decay * m + (1 - decay) * jnp.minimum(magnitude, limit)
+      new = decay * m + (1 - decay) * jnp.minimum(magnitude, limit)
+      return jnp.where(jnp.isfinite(u), new, m).astype(m.dtype)
 
     def scale(u, m):
       m = m / (1 - decay ** count.astype(jnp.float32))
-      return jnp.where(m > 0, jnp.clip(u / jnp.where(m > 0, m, 1), -clip, clip), 0)
+      scaled = jnp.clip(u / jnp.where(m > 0, m, 1), -clip, clip)
+      return jnp.where((m > 0) | jnp.isnan(u), scaled, 0).astype(u.dtype)
 
     new_mean = jax.tree.map(mean, updates, state.mean)
     updates = jax.tree.map(scale, updates, new_mean)
@@ -331,8 +385,13 @@ def bounded(lower: float, upper: float) -> optax.GradientTransformation:
   """Keeps every parameter in [lower, upper]; the last link of a chain.
 
   Returns clip(p + u) − p; for ρ = log(λ/λ_max) that is λ ∈ [e^lower, e^upper]
-  times λ_max.
+  times λ_max. To the rounding of p + (clip(p + u) − p).
+
+  Raises:
+    UserError: lower > upper.
   """
+  if lower > upper:
+    raise UserError(f'bounded: the lower bound {lower} is above the upper one {upper}')
 
   def update(updates, state, params=None):
     if params is None:
@@ -369,8 +428,8 @@ def anticipate(horizon: float, decay: float = 0.8) -> optax.GradientTransformati
   """
 
   def init(params):
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return AnticipateState(jnp.zeros([], jnp.int32), zeros, zeros)
+    zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+    return AnticipateState(jnp.zeros([], jnp.int32), zeros(), zeros())
 
   def update(updates, state, params=None):
     del params
@@ -461,6 +520,33 @@ def step_size(learning_rate: Any, where: str) -> optax.ScalarOrSchedule:
   if not callable(factory):
     raise UserError(f'{where}: unknown schedule {name!r}; known: those of optax')
   return _call(factory, name, entry, where)
+
+
+def metric(entry: Mapping[str, Any], where: str) -> dict[str, float]:
+  """What `adaptive_proximal` needs of an optimiser's configuration entry.
+
+  Args:
+    entry: a mapping as of `build`, with a learning_rate.
+    where: the configuration field, for messages.
+
+  Returns:
+    Its b2, eps and eps_root, as given or by the optimiser's defaults.
+
+  Raises:
+    UserError: its step is in another metric than its second moment's.
+  """
+  if entry['name'] in _OTHER_OPTIMIZERS:
+    raise UserError(
+      f'{where}: the prox in the metric of a second moment does not fit '
+      f'{entry["name"]}; use adam, adamw or rmsprop, or sparsity.metric=euclidean'
+    )
+  factory = getattr(optax, entry['name'], None)
+  values = inspect.signature(factory).parameters if factory else {}
+  values = {name: parameter.default for name, parameter in values.items()}
+  values |= dict(entry)
+  if entry['name'] == 'rmsprop' and values['eps_in_sqrt']:
+    values |= {'eps_root': values['eps'], 'eps': 0.0}
+  return {name: values[name] for name in ('b2', 'eps', 'eps_root') if name in values}
 
 
 def _call(factory, name, arguments, where):

@@ -178,6 +178,11 @@ def test_a_cut_network_is_refused(stream):
 
 
 @pytest.mark.slow
+def test_a_model_of_another_kind_is_refused():
+  with pytest.raises(UserError, match='MultiTask only, and this is a object'):
+    compact(object(), {}, {})
+
+
 def test_compacted_again_after_training_on():
   model = small_network('bottleneck', (2, 1, 1, 1))
   params, stats = draw(model, 10)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-import msp
+import msp.transforms
 from msp import groups as gr
 from msp import objectives
 from msp.errors import UserError
@@ -186,6 +186,32 @@ def overlapping():
     Stream('t', path('b'), ('m',), path('c')),
   ]
   return params, gr.find(params, axis='coupled', streams=streams)
+
+
+def test_streams_that_do_not_fit_are_refused():
+  params, _ = overlapping()
+  path = lambda name: (f'backbone/{name}/kernel',)
+  find = lambda *s: gr.find(params, axis='coupled', streams=[Stream('s', *s)])
+  with pytest.raises(UserError, match='stream s: the tree has no backbone/x/kernel'):
+    find(path('a'), ('n',), path('x'))
+  with pytest.raises(UserError, match=r'a/kernel 3, backbone/c/kernel 4\), as where'):
+    find(path('a'), ('n',), path('c'))
+
+
+def test_freeze_dead_of_coupled_groups_inside_masked():
+  params, found = overlapping()
+  keep = jax.tree_util.tree_map_with_path(
+    lambda path, _: 'a' not in gr.path_name(path).split('/'), params
+  )
+  tx = optax.masked(msp.transforms.freeze_dead(found), keep)
+  params['backbone']['b']['kernel'] = params['backbone']['b']['kernel'].at[:, 0].set(0)
+  params['backbone']['c']['kernel'] = params['backbone']['c']['kernel'].at[0].set(0)
+  updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+  # Stream t is whole, and its first channel dead; a and with it stream s are masked.
+  want = jax.tree.map(jnp.ones_like, params)['backbone']
+  want['b']['kernel'] = want['b']['kernel'].at[:, 0].set(0)
+  want['c']['kernel'] = want['c']['kernel'].at[0].set(0)
+  jax.tree.map(np.testing.assert_array_equal, updates['backbone'], want)
 
 
 def prox_of_the_sum(params, found, threshold, sweeps=300):

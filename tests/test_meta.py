@@ -421,10 +421,55 @@ def test_first_order_is_the_gradient_at_the_adapted_point():
   )
 
 
+@pytest.mark.parametrize('mode', ['forward', 'reverse'])
+def test_again_under_vmap_and_jacobians(mode):
+  loss, params, batches, _ = toy()
+  groups = gr.find(params)
+  tx = optax.chain(optax.sgd(0.1), msp.proximal('group_lasso', groups, 0.1))
+
+  def derivative(rho, again):
+    inner = lambda p, r: adapt(loss, p, batches, tx, sparsity=jnp.exp(r), again=again)[
+      0
+    ]
+    outer = lambda p: jnp.sum(jnp.sin(p['backbone']['c']['kernel']))
+    return hypergradient(outer, inner, params, rho, mode=mode)[1]
+
+  rhos = jnp.array([-2.0, -0.5])
+  one_by_one = [derivative(rho, False) for rho in rhos]
+  got = jax.vmap(lambda rho: derivative(rho, True))(rhos)
+  np.testing.assert_allclose(got, one_by_one, rtol=1e-12)
+  np.testing.assert_allclose(derivative(-0.5, False), one_by_one[1], rtol=1e-12)
+  eps = 1e-6
+  second = central(lambda rho: derivative(rho, True), rhos[1], eps)
+  got = jax.jacfwd(lambda rho: derivative(rho, True))(rhos[1])
+  np.testing.assert_allclose(got, second, rtol=1e-6)
+
+
+def test_parameters_of_half_precision_with_a_float32_loss():
+  loss, params, batches, _ = toy()
+  tx = optax.chain(optax.sgd(0.1), msp.proximal('group_lasso', gr.find(params), 0.1))
+
+  def derivative(dtype):
+    wide = lambda p, b: loss(jax.tree.map(lambda x: x.astype(jnp.float32), p), b)
+    start, data = jax.tree.map(lambda x: x.astype(dtype), (params, batches))
+    outer = lambda p: jnp.sum(jnp.sin(p['backbone']['c']['kernel'].astype(jnp.float32)))
+    inner = lambda p, r: adapt(wide, p, data, tx, sparsity=jnp.exp(r))[0]
+    return [
+      hypergradient(outer, inner, start, jnp.float32(-1.0), mode=mode)[1]
+      for mode in ('forward', 'reverse')
+    ]
+
+  np.testing.assert_allclose(
+    derivative(jnp.bfloat16), derivative(jnp.float32), rtol=0.1
+  )
+
+
 def test_refusals():
   loss, params, batches, _ = toy()
   with pytest.raises(UserError, match='unknown hypergradient'):
     hypergradient(None, None, params, jnp.zeros(()), mode='backward')
+  with pytest.raises(UserError, match=r'use msp\.online'):
+    hypergradient(None, None, params, jnp.zeros(()), mode='online')
   with pytest.raises(UserError, match='needs `last`'):
     hypergradient(None, None, params, jnp.zeros(()), mode='implicit')
   with pytest.raises(UserError, match='unknown solver'):

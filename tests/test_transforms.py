@@ -1,8 +1,10 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict
 
 import msp
@@ -47,11 +49,17 @@ def test_find_names_axes_and_stages():
     ({'pattern': '('}, 'no regular expression'),
     ({'pattern': 'backbone/.*'}, 'has shape'),
     ({'granularity': 'row'}, 'granularity'),
+    ({'pattern': 'kernel'}, 'no parameter as a whole; .* backbone/layer1_0/kernel'),
   ],
 )
 def test_find_refuses(kwargs, message):
   with pytest.raises(UserError, match=message):
     gr.find(make_params(), **kwargs)
+
+
+def test_a_path_without_a_stage_is_refused():
+  with pytest.raises(UserError, match='stage needs paths such as'):
+    gr.find({'w': jnp.ones((2, 3))}, 'w', granularity='stage')
 
 
 def test_penalty_lambda_max_and_sparsity_by_hand():
@@ -139,6 +147,172 @@ def test_adaptive_proximal_needs_one_second_moment():
     tx = msp.adaptive_proximal(inner, 'group_lasso', found, 0.1)
     with pytest.raises(UserError, match='one second moment'):
       tx.init(params)
+
+
+@pytest.mark.parametrize(
+  ('inner', 'message'),
+  [
+    (optax.amsgrad(0.1), 'AmsgradState is not'),
+    (optax.rmsprop(0.1, centered=True), 'RStdDevState is not'),
+    (
+      optax.masked(optax.adam(0.1), {'backbone': False, 'heads': True}),
+      'no second mom',
+    ),
+  ],
+)
+def test_adaptive_proximal_refuses_another_metric(inner, message):
+  params = make_params()
+  tx = msp.adaptive_proximal(inner, 'group_lasso', gr.find(params), 0.1)
+  with pytest.raises(UserError, match=message):
+    tx.init(params)
+
+
+@pytest.mark.parametrize('penalty', ['group_lasso', 'l1'])
+def test_adaptive_proximal_in_half_precision(penalty):
+  def train(dtype):
+    params, grads = jax.tree.map(lambda x: x.astype(dtype), (make_params(), GRADS))
+    found = gr.find(params)
+    tx = msp.adaptive_proximal(optax.adam(0.05), penalty, found, 0.05)
+    state = tx.init(params)
+    for _ in range(3):
+      updates, state = tx.update(grads, state, params, sparsity=0.3)
+      params = optax.apply_updates(params, updates)
+    return gr.select(found, params)
+
+  want = train(jnp.float32)
+  for layer, x in train(jnp.bfloat16).items():
+    np.testing.assert_allclose(x.astype(jnp.float32), want[layer], atol=0.06)
+
+
+def test_no_step_no_prox():
+  params = make_params()
+  found = gr.find(params)
+  finite = optax.apply_if_finite(optax.adam(0.1), 5)
+  tx = msp.adaptive_proximal(finite, 'group_lasso', found, 0.1)
+  plain = msp.adaptive_proximal(optax.adam(0.1), 'group_lasso', found, 0.1)
+  state = tx.init(params)
+  broken = jax.tree.map(lambda g: g * jnp.nan, GRADS)
+  want, _ = plain.update(GRADS, plain.init(params), params, sparsity=0.3)
+  for grads, expected in (
+    (broken, jax.tree.map(jnp.zeros_like, params)),
+    (GRADS, want),
+    (broken, jax.tree.map(jnp.zeros_like, params)),
+  ):
+    updates, state = tx.update(grads, state, params, sparsity=0.3)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, updates, expected)
+  assert state.count == 1
+
+
+@pytest.mark.parametrize(
+  'make',
+  [
+    lambda found: msp.proximal('group_lasso', found, 0.1),
+    lambda found: msp.adaptive_proximal(optax.adam(0.1), 'l1', found, 0.1),
+    transforms.freeze_dead,
+  ],
+)
+def test_groups_of_another_tree_are_refused(make):
+  params = make_params()
+  with pytest.raises(UserError, match='none of the groups is in these parameters'):
+    make(gr.find(params)).init(params['backbone'])
+  with pytest.raises(UserError, match='none of the groups'):
+    gr.sparsity(gr.find(params), params['heads'])
+
+
+def test_a_box_around_an_array_has_no_name():
+  boxed = nnx.state(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nnx.Param)
+  assert gr.find(boxed, '.*kernel', 'in').layers == ('kernel',)
+  box = nn.LogicallyPartitioned(jnp.ones((4, 6)), ('in', 'out'))
+  assert gr.find({'a': {'kernel': box}}, '.*kernel').layers == ('a/kernel',)
+
+
+def test_nnx_optimizer():
+  model = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+  found = gr.find(nnx.state(model, nnx.Param), '.*kernel')
+  tx = optax.chain(optax.sgd(0.1), msp.proximal('group_lasso', found, 0.1))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+  grads = nnx.grad(lambda m: jnp.mean(m(jnp.ones((2, 4))) ** 2))(model)
+  optimizer.update(model, grads, sparsity=1e6)
+  assert (model.kernel[...] == 0).all()
+
+
+@pytest.mark.parametrize('penalty', ['group_lasso', 'group_mcp'])
+def test_a_schedule_inside_jit(penalty):
+  params = make_params()
+  found = gr.find(params)
+
+  def step(peak):
+    schedule = optax.cosine_decay_schedule(peak, 100)
+    tx = optax.chain(optax.sgd(schedule), msp.proximal(penalty, found, schedule))
+    return tx.update(GRADS, tx.init(params), params, sparsity=0.5)[0]
+
+  want = step(0.1)
+  for got in (jax.jit(lambda: step(0.1))(), jax.jit(step)(0.1)):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
+
+
+def test_inject_hyperparams_as_it_is():
+  params = make_params()
+  found = gr.find(params)
+  plain = msp.proximal('group_lasso', found, 0.1)
+  want, _ = plain.update(GRADS, plain.init(params), params, sparsity=0.5)
+  make = optax.inject_hyperparams(msp.proximal)
+  tx = make('group_lasso', found, learning_rate=0.1)
+  update = jax.jit(lambda s: tx.update(GRADS, s, params, sparsity=0.5)[0])
+  got = update(tx.init(params))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+  tx = make('group_lasso', found, learning_rate=0.1, min_alive=1)
+  with pytest.raises(UserError, match='static_args'):
+    jax.jit(lambda s: tx.update(GRADS, s, params, sparsity=0.5))(tx.init(params))
+
+
+@pytest.mark.parametrize('value', [-1.0, float('nan'), [0.1, -0.1]])
+def test_an_impossible_coefficient_is_refused(value):
+  found = gr.find(make_params(), granularity='layer')
+  with pytest.raises(UserError, match='it has to be 0 or more'):
+    gr.coefficients(found, value)
+
+
+@pytest.mark.parametrize(
+  ('entry', 'want'),
+  [
+    ({'name': 'adamw', 'b2': 0.9, 'eps': 1e-6}, (0.9, 1e-6, 0.0)),
+    ({'name': 'yogi'}, (0.999, 1e-3, None)),
+    ({'name': 'adabelief'}, (0.999, 1e-16, 1e-16)),
+    ({'name': 'rmsprop', 'eps': 1e-4}, (None, 0.0, 1e-4)),
+    ({'name': 'rmsprop', 'eps': 1e-4, 'eps_in_sqrt': False}, (None, 1e-4, None)),
+  ],
+)
+def test_metric_of_a_configured_optimiser(entry, want):
+  got = transforms.metric(entry, 'optimizer')
+  assert tuple(got.get(name) for name in ('b2', 'eps', 'eps_root')) == want
+
+
+@pytest.mark.parametrize('name', ['adam', 'nadam', 'yogi', 'adabelief', 'rmsprop'])
+def test_the_metric_is_what_the_step_is_divided_by(name):
+  # Without momentum u = −α g/d; soft thresholding moves x = p + u by α λ/d.
+  params = {'w': jnp.array([[5.0, 4.0, 3.0]])}
+  found = gr.find(params, 'w', 'weight')
+  moments = {'rmsprop': {}, 'adabelief': {'b1': 0.5}}.get(name, {'b1': 0.0})
+  inner = getattr(optax, name)(0.1, **moments)
+  metric = transforms.metric({'name': name}, 'optimizer')
+  tx = msp.adaptive_proximal(inner, 'l1', found, 0.1, **metric)
+  state, alone = tx.init(params), inner.init(params)
+  for scale in (1.0, 0.3, 2.0):
+    grads = {'w': scale * jnp.array([[0.1, 1.0, 3.0]])}
+    updates, state = tx.update(grads, state, params, sparsity=0.01)
+    plain, alone = inner.update(grads, alone, params)
+  direction = grads['w']
+  if name == 'adabelief':  # measures how far the gradient is from its mean
+    direction = alone[0].mu['w'] / (1 - 0.5**3)
+  divided = -0.1 * direction / plain['w']
+  np.testing.assert_allclose(plain['w'] - updates['w'], 1e-3 / divided, rtol=2e-3)
+
+
+def test_optimisers_that_only_look_like_adam_are_refused():
+  with pytest.raises(UserError, match=r'does not fit lamb; .*metric=euclidean'):
+    transforms.metric({'name': 'lamb'}, 'optimizer')
 
 
 def transform_cases(found):
@@ -320,6 +494,17 @@ def test_scale_by_mean_magnitude_is_robust():
   assert outlier[0] == 3.0
   after, _ = tx.update(jnp.array([2.0, 1e-9]), state)
   assert after[0] > 0.4  # the outlier is forgotten at once
+  for value in (jnp.nan, jnp.inf):
+    scaled, passed = tx.update(jnp.array([value, 1e-9]), state)
+    np.testing.assert_array_equal(scaled[0], min(value, 3.0))
+    assert passed.mean[0] == state.mean[0]
+
+
+def test_ρ_of_half_precision_keeps_its_state():
+  tx = transforms.scale_by_mean_magnitude()
+  state = tx.init(jnp.zeros(2, jnp.bfloat16))
+  updates, after = tx.update(jnp.ones(2, jnp.bfloat16), state)
+  assert updates.dtype == after.mean.dtype == jnp.bfloat16
 
 
 def test_anticipate_extrapolates_a_ramp_and_leaves_a_constant():
@@ -330,6 +515,8 @@ def test_anticipate_extrapolates_a_ramp_and_leaves_a_constant():
     if i == 0:
       np.testing.assert_array_equal(u, [0.0, 3.0])
   np.testing.assert_allclose(u, [0.1 * 39 + 10 * 0.1, 3.0], rtol=1e-5)
+  donated = jax.jit(lambda u, state: tx.update(u, state), donate_argnums=1)
+  donated(jnp.ones(2), tx.init(jnp.zeros(2)))  # no buffer is in the state twice
 
 
 def test_bounded():
@@ -337,6 +524,8 @@ def test_bounded():
   p = jnp.array([-0.9, -0.1])
   updates, _ = tx.update(jnp.array([-5.0, 5.0]), tx.init(p), p)
   np.testing.assert_array_equal(optax.apply_updates(p, updates), [-1.0, 0.0])
+  with pytest.raises(UserError, match='the lower bound'):
+    transforms.bounded(1.0, -1.0)
 
 
 def test_clip_by_weight_norm():
