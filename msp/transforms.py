@@ -225,8 +225,6 @@ def _step_size(learning_rate, count):
 
 
 def _check_step(penalty, learning_rate):
-  if penalty.max_step == math.inf:
-    return
   steps = [learning_rate]
   if callable(learning_rate):
     with jax.ensure_compile_time_eval():  # also where the transform is made in a jit

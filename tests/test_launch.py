@@ -155,6 +155,10 @@ MISTAKES = [
     {'meta.optimizer': [ConfigDict({'name': 'scale', 'step_size': -0.1})]},
     'meta.optimizer: no entry has a learning_rate',
   ),
+  (
+    {'optimizer': [ConfigDict({'name': 'lamb', 'learning_rate': 0.1})]},
+    'optimizer: the prox in the metric of a second moment does not fit lamb',
+  ),
   ({'data.train_share': 0.0}, r'train_share is 0\.0; it has to be in \(0, 1\]'),
   ({'data.missing': 1.0}, r'data.missing is 1\.0; it has to be in \[0, 1\)'),
   ({'data.missing': 0.1, 'tasks': ('male',)}, 'and 0 for a single task'),

@@ -250,6 +250,9 @@ def test_a_schedule_inside_jit(penalty):
   want = step(0.1)
   for got in (jax.jit(lambda: step(0.1))(), jax.jit(step)(0.1)):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
+  if penalty == 'group_mcp':
+    with pytest.raises(UserError, match='too concave for a step of 40'):
+      jax.jit(lambda: step(40.0))()
 
 
 def test_inject_hyperparams_as_it_is():
@@ -498,6 +501,8 @@ def test_scale_by_mean_magnitude_is_robust():
     scaled, passed = tx.update(jnp.array([value, 1e-9]), state)
     np.testing.assert_array_equal(scaled[0], min(value, 3.0))
     assert passed.mean[0] == state.mean[0]
+  first, _ = tx.update(jnp.array([jnp.nan, 0.0]), tx.init(jnp.zeros(2)))
+  np.testing.assert_array_equal(first, [jnp.nan, 0.0])
 
 
 def test_ρ_of_half_precision_keeps_its_state():
