@@ -54,7 +54,7 @@ ROWS = {
     for steps in (1, 3, 5, 10)
     for start in (1e-3, 0.5)
   },
-  # One change each, of 'tolerance from 0.01' and of 'meta'.
+  # One change each, of 'tolerance from 0.01', of 'budget 0.7' and of 'meta'.
   **{
     f'tolerance: {name}': (False, base.LEARNED | {f'sparsity.{k}': v for k, v in c})
     for name, *c in (
@@ -69,6 +69,10 @@ ROWS = {
       ('group SCAD', ('penalty', 'group_scad')),
     )
   },
+  'budget 0.7: group MCP': (
+    False,
+    base.budget(0.7) | {'sparsity.penalty': 'group_mcp'},
+  ),
   'meta: exact': (True, {'meta.exact': True}),
   'meta: one λ a layer': (True, {'sparsity.granularity': 'layer'}),
 }
