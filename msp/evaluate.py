@@ -1,5 +1,6 @@
 """Metrics of a state on a whole split: sums and counts, divided once."""
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 from msp.models import multitask
 from msp.tasks import Task
 from msp.train_step import label_mask
+
+logger = logging.getLogger(__name__)
 
 PyTree = Any
 # A metric of 0 is scored as this.
@@ -92,7 +95,9 @@ def evaluate(
     count = sum(float(p[name]['count']) for p in parts)
     if count:
       result[f'loss/{name}'] = sum(float(p[name]['loss']) for p in parts) / count
-    metrics = task.compute([p[name]['update'] for p in parts])
+    updates = [p[name]['update'] for p in parts]
+    _warn_of_a_dead_head(name, updates)
+    metrics = task.compute(updates)
     result |= {f'{name}/{metric}': value for metric, value in metrics.items()}
     if task.primary in metrics:
       sign = 1 if task.higher_is_better else -1
@@ -101,3 +106,17 @@ def evaluate(
   if primaries:
     result['score'] = float(np.mean(primaries))
   return result
+
+
+def _warn_of_a_dead_head(task, updates):
+  """Says so if all images have the same logit, to the bit."""
+  if not updates or 'score' not in updates[0]:
+    return
+  scores = np.concatenate([u['score'][u['valid'].astype(bool)] for u in updates])
+  if scores.size > 1 and np.ptp(scores) == 0:
+    logger.warning(
+      '%s: every image gets the same answer (logit %.3f): no unit of its head is '
+      'alive. Try a smaller step size or a larger model.head_features',
+      task,
+      scores[0],
+    )

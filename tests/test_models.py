@@ -522,6 +522,15 @@ def test_training_updates_running_statistics_and_drops_units(tiny):
   assert logits['smiling'].shape == (4, 1)
 
 
+@pytest.mark.parametrize(('features', 'units'), [(32, (16, 16)), (256, (64, 32))])
+def test_a_classification_head_has_enough_units_to_live(features, units):
+  head = heads.ClassificationHead(1, features=features)
+  init = lambda: head.init(jax.random.key(0), jnp.ones((1, 4, 4, 8)), train=False)
+  params = jax.eval_shape(init)['params']
+  got = tuple(params[name]['kernel'].shape[-1] for name in ('conv', 'hidden'))
+  assert got == units
+
+
 def test_dropout_rates():
   features = jnp.ones((4, 8, 8, 8))
   for head, rates in (

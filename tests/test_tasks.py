@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from msp import losses, metrics, resize, tasks
+from msp import evaluate, losses, metrics, resize, tasks
 from msp.errors import UserError
 
 B, H, W = 3, 16, 24
@@ -162,3 +162,22 @@ def test_mistakes_get_one_line(names, options, message):
   with pytest.raises(UserError, match=message) as caught:
     tasks.make(names, LABELS, **options)
   assert '\n' not in str(caught.value)
+
+
+def test_a_head_that_always_says_the_same_is_named(caplog):
+  task = tasks.make(['smiling'], LABELS)['smiling']
+  label = np.arange(6) % 2
+
+  def warnings(logits):
+    caplog.clear()
+    update = task.update(logits, label, np.arange(6) < 5)
+    part = {'smiling': {'loss': 1.0, 'count': 5.0, 'update': update}}
+    evaluate.evaluate(lambda *_: part, {'smiling': task}, {}, {}, [None, None])
+    return caplog.messages
+
+  dead = np.full((6, 1), -0.25, np.float32)
+  dead[5] = 3.0  # not valid
+  (message,) = warnings(dead)
+  assert message.startswith('smiling: every image gets the same answer (logit -0.250)')
+  dead[4] += 1e-6
+  assert warnings(dead) == []

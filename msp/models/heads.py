@@ -11,6 +11,9 @@ from msp.models.convolution import Conv, kernel_init, max_pool, uniform_bias
 from msp.models.normalization import norm_layer
 
 _ATROUS_RATES = (12, 24, 36)
+# Of a classification head: a handful of ReLUs without a norm soon die all together, and
+# every image gets the same answer.
+_MIN_UNITS = 16
 
 
 # Kernels that read the features.
@@ -89,7 +92,8 @@ class ClassificationHead(nn.Module):
 
   3×3 to features/4, ReLU, max-pool 2, global average, dropout 0.6, dense to
   features/8, ReLU, dropout 0.4, dense to the outputs. The network of arXiv
-  2308.12114 without its sigmoid: losses take logits.
+  2308.12114 without its sigmoid: losses take logits. Both layers have at least 16
+  units.
 
   Attributes:
     outputs: length of the result.
@@ -109,7 +113,7 @@ class ClassificationHead(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Maps features (B, h, w, C) to float32 logits (B, outputs)."""
     x = Conv(
-      self.features // 4,
+      max(self.features // 4, _MIN_UNITS),
       bias=True,
       dtype=self.dtype,
       implementation=self.implementation,
@@ -118,7 +122,8 @@ class ClassificationHead(nn.Module):
     x = max_pool(nn.relu(x), window=2, padding=0)
     x = jnp.mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), (1, 2))
     x = nn.Dropout(0.6 * self.dropout, deterministic=not train)(x)
-    x = nn.relu(_dense(self.features // 8, x.shape[-1], 'hidden')(x))
+    hidden = _dense(max(self.features // 8, _MIN_UNITS), x.shape[-1], 'hidden')
+    x = nn.relu(hidden(x))
     x = nn.Dropout(0.4 * self.dropout, deterministic=not train)(x)
     return _dense(self.outputs, x.shape[-1], 'logits')(x)
 
