@@ -153,7 +153,8 @@ def prepare(
 ) -> Path:
   """Builds a data set from its published files, or verifies the one built.
 
-  A killed run continues where it stopped when the same call is made again.
+  A killed run continues where it stopped when the same call is made again. While
+  another process builds the same one, this one waits.
 
   Args:
     name: `celebamask_hq`, `camvid` or `nyud_mt`.
@@ -193,6 +194,9 @@ def prepare(
         )
     work.mkdir(parents=True, exist_ok=True)
     with _exclusive(work):
+      if final.exists():  # by the process that this one waited for
+        _verify(name, final, source)
+        return final
       preparation = _Preparation(
         name, source, work, size_config(image_size), splits, progress
       )
@@ -400,14 +404,13 @@ def _quiet_tfds() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exclusive(work: Path) -> Iterator[None]:
-  """Keeps a second process out of `work` until this one ends."""
+  """Keeps other processes waiting until this one is done with `work`."""
   with (work / 'lock').open('w') as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise DataError(
-        f'another process is preparing this data set in {work}; wait for it'
-      ) from None
+      logger.info('waiting for another process that prepares this data set in %s', work)
+      fcntl.flock(lock, fcntl.LOCK_EX)
     yield
 
 

@@ -1,7 +1,10 @@
 """`prepare`: complete or nothing, resumable, and clear about bad input."""
 
+import concurrent.futures
 import json
+import logging
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -244,11 +247,23 @@ def test_too_few_images(tmp_path):
   fails(source, tmp_path, 'too few', 'the split val is empty')
 
 
-def test_second_process_is_kept_out(source, tmp_path):
+def test_second_process_waits(source, tmp_path, caplog):
+  caplog.set_level(logging.INFO, logger=preparation.__name__)
   work = tmp_path / 'out/celebamask_hq/16x16.building'
   work.mkdir(parents=True)
-  with preparation._exclusive(work):
-    fails(source, tmp_path, 'another process is preparing')
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    with preparation._exclusive(work):
+      waiting = pool.submit(prepare, source, tmp_path)
+      while 'waiting for another process' not in caplog.text and not waiting.done():
+        time.sleep(0.01)
+      assert not waiting.done()
+      # Meanwhile the other one finishes.
+      built = prepare(source, tmp_path / 'other')
+      folder = tmp_path / 'out' / PREPARED
+      shutil.copytree(built, folder)
+      made = (folder / preparation.SUMMARY).stat().st_ino
+    assert waiting.result(60) == folder
+  assert (folder / preparation.SUMMARY).stat().st_ino == made
 
 
 def test_unwritable_folder(source, tmp_path):
