@@ -204,6 +204,20 @@ def cosine(config: ConfigDict, peak: float) -> ConfigDict:
   )
 
 
+def warmup_cosine(config: ConfigDict, peak: float) -> ConfigDict:
+  """A step size that rises from 0 to `peak` in a twentieth of train.steps, then falls.
+
+  The first steps of Adam move all weights by the full step size: that can kill every
+  ReLU of a layer without a norm at once.
+  """
+  steps = config.train.get_ref('steps')
+  schedule = ConfigDict(dict(name='warmup_cosine_decay_schedule', init_value=0.0))
+  schedule.peak_value = peak
+  schedule.warmup_steps = steps // 20
+  schedule.decay_steps = steps
+  return schedule
+
+
 def _step_of_rho(config, objective, schedule):
   """Gives ρ a step size under one objective."""
   entries = list(config.sparsity.optimizers[objective])
@@ -222,7 +236,9 @@ def tiny(config: ConfigDict) -> None:
   config.model.head_features = 32
   config.model.dropout = 0.0
   config.loss.resolution = 'label'
-  adamw = config.optimizer[0].to_dict() | dict(learning_rate=cosine(config, 2e-3))
+  adamw = config.optimizer[0].to_dict() | dict(
+    learning_rate=warmup_cosine(config, 2e-3)
+  )
   config.optimizer = [ConfigDict(adamw)]
   config.meta.episodes = 'full'
   config.meta.exact = False
