@@ -115,8 +115,9 @@ def _warn_of_a_dead_head(task, updates):
   scores = np.concatenate([u['score'][u['valid'].astype(bool)] for u in updates])
   if scores.size > 1 and np.ptp(scores) == 0:
     logger.warning(
-      '%s: every image gets the same answer (logit %.3f): no unit of its head is '
-      'alive. Try a smaller step size or a larger model.head_features',
+      '%s: every image gets the same answer (logit %.3f): its head, or the backbone '
+      'below it, is dead. Try a smaller step size, a larger model.head_features or a '
+      'smaller λ',
       task,
       scores[0],
     )
