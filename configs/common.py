@@ -196,11 +196,15 @@ def apply(config: ConfigDict, given: set[str]) -> None:
     tiny(config)
 
 
+def _steps(config):
+  """Follows train.steps; as a product it is not set the other way round."""
+  return config.train.get_ref('steps') * 1
+
+
 def cosine(config: ConfigDict, peak: float) -> ConfigDict:
   """A step size that falls from `peak` to 0 in train.steps."""
-  steps = config.train.get_ref('steps')
   return ConfigDict(
-    dict(name='cosine_decay_schedule', init_value=peak, decay_steps=steps)
+    dict(name='cosine_decay_schedule', init_value=peak, decay_steps=_steps(config))
   )
 
 
@@ -210,12 +214,9 @@ def warmup_cosine(config: ConfigDict, peak: float) -> ConfigDict:
   The first steps of Adam move all weights by the full step size: that can kill every
   ReLU of a layer without a norm at once.
   """
-  steps = config.train.get_ref('steps')
-  schedule = ConfigDict(dict(name='warmup_cosine_decay_schedule', init_value=0.0))
-  schedule.peak_value = peak
-  schedule.warmup_steps = steps // 20
-  schedule.decay_steps = steps
-  return schedule
+  steps = _steps(config)
+  schedule = dict(name='warmup_cosine_decay_schedule', init_value=0.0, peak_value=peak)
+  return ConfigDict(schedule | dict(warmup_steps=steps // 20, decay_steps=steps))
 
 
 def _step_of_rho(config, objective, schedule):
@@ -268,7 +269,7 @@ def tiny(config: ConfigDict) -> None:
     # cannot come back.
     schedule = dict(name='exponential_decay', init_value=0.15, decay_rate=0.05)
     schedule = ConfigDict(schedule)
-    schedule.transition_steps = config.train.get_ref('steps')
+    schedule.transition_steps = _steps(config)
     _step_of_rho(config, 'tolerance', schedule)
     config.sparsity.search = 0.125
     config.tasks = ('segmentation', 'edges', 'presence_bicyclist')

@@ -98,6 +98,11 @@ def scan(source: Path) -> dict[str, list[Entry]]:
   return splits
 
 
+def files(entry: Entry) -> list[Path]:
+  """Every file that `read` may look at."""
+  return [entry.image, entry.label]
+
+
 def read(entry: Entry, image_size: tuple[int, int]) -> dict[str, object]:
   """Reads one frame with its labels.
 

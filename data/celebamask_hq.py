@@ -263,6 +263,12 @@ def _missing_message(what: str, where: Path) -> str:
   )
 
 
+def files(entry: Entry) -> list[Path]:
+  """The picture and the masks that `read` looks at; attributes are in the entry."""
+  source, number = entry.image.parent.parent, int(entry.name)
+  return [entry.image, *(part_path(source, number, part) for part in entry.parts)]
+
+
 def read(entry: Entry, image_size: tuple[int, int]) -> dict[str, object]:
   """Reads one image with its labels.
 

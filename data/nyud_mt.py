@@ -161,6 +161,18 @@ def _read_list(path: Path) -> list[str]:
   return names
 
 
+def files(entry: Entry) -> list[Path]:
+  """Every file that `read` may look at, of both layouts."""
+  return [entry.image, *(p for folder in SUFFIXES for p in _label_paths(entry, folder))]
+
+
+def _label_paths(entry, folder):
+  return [
+    entry.image.parent.parent / folder / (entry.name + suffix)
+    for suffix in SUFFIXES[folder]
+  ]
+
+
 def read(entry: Entry, image_size: tuple[int, int]) -> dict[str, object]:
   """Reads one picture with its labels.
 
@@ -194,10 +206,7 @@ def read(entry: Entry, image_size: tuple[int, int]) -> dict[str, object]:
 
 def _read_label(entry: Entry, folder: str, size: tuple[int, int]) -> np.ndarray:
   """The label of one folder as a record has it, but of the picture's own `size`."""
-  paths = [
-    entry.image.parent.parent / folder / (entry.name + suffix)
-    for suffix in SUFFIXES[folder]
-  ]
+  paths = _label_paths(entry, folder)
   path = next((path for path in paths if path.exists()), None)
   if path is None:
     raise DataError(f'missing file {paths[0]} (or {paths[1].name})')

@@ -350,11 +350,12 @@ class _Preparation:
     """A block's file, named by what it is made from."""
     digest = hashlib.sha256()
     for entry in entries:
-      stamp = None
-      with contextlib.suppress(FileNotFoundError):
-        status = entry.image.stat()
-        stamp = (status.st_size, status.st_mtime_ns)
-      digest.update(repr((entry, stamp)).encode())
+      digest.update(repr(entry).encode())
+      for file in data_set(self.name).files(entry):
+        with contextlib.suppress(FileNotFoundError):
+          status = file.stat()
+          stamp = (file.name, status.st_size, status.st_mtime_ns)
+          digest.update(repr(stamp).encode())
     return self.work / f'{digest.hexdigest()[:32]}.npz'
 
 

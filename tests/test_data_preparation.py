@@ -1,10 +1,13 @@
 """`prepare`: complete or nothing, resumable, and clear about bad input."""
 
 import concurrent.futures
+import itertools
 import json
 import logging
+import os
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,6 +180,62 @@ def test_killed_check_continues(source, tmp_path, monkeypatch):
   )
   for path in straight.glob('*.array_record*'):
     assert (resumed / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.fixture(params=['celebamask_hq', 'nyud_mt', 'camvid'])
+def any_entry(request, tmp_path):
+  """Name of a data set, where it is, and an entry of it."""
+  name, source = request.param, tmp_path / 'any'
+  if name == 'camvid':
+    for split, image in itertools.product(('train', 'val', 'test'), 'ab'):
+      for mode, folder in (('RGB', split), ('L', f'{split}annot')):
+        (source / folder).mkdir(parents=True, exist_ok=True)
+        Image.new(mode, (8, 6), 5).save(source / folder / f'{image}.png')
+  else:
+    data.render(name, source, 10, (16, 16), 0, progress=False)
+  return name, source, preparation.data_set(name).scan(source)['train'][0]
+
+
+def test_an_entry_names_its_files(any_entry, tmp_path):
+  name, source, entry = any_entry
+  module = preparation.data_set(name)
+  copied = tmp_path / 'copied'
+  moved = lambda path: copied / path.relative_to(source)
+  for file in filter(Path.exists, module.files(entry)):
+    moved(file).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, moved(file))
+  alone = entry._replace(
+    **{k: moved(v) for k, v in entry._asdict().items() if isinstance(v, Path)}
+  )
+  expected = module.read(entry, SIZE)
+  for key, value in module.read(alone, SIZE).items():
+    np.testing.assert_array_equal(value, expected[key])
+
+
+def test_a_block_is_of_files_as_they_were(any_entry, tmp_path):
+  name, source, entry = any_entry
+  config = preparation.size_config(SIZE)
+  block = preparation._Preparation(name, source, tmp_path, config, {}, False)
+  paths = {block._block_path([entry])}
+  changed = list(filter(Path.exists, preparation.data_set(name).files(entry)))
+  for file in changed:
+    os.utime(file, (1, 1))
+    paths.add(block._block_path([entry]))
+  assert len(paths) == 1 + len(changed) > 2
+
+
+def test_corrected_label_is_read_again(source, tmp_path):
+  order = celebamask_hq.split_numbers(range(NUM))
+  bad = source / f'CelebA-HQ-img/{order["val"][0]}.jpg'
+  good = bad.read_bytes()
+  bad.write_bytes(good[:400])
+  fails(source, tmp_path, bad.name)
+  bad.write_bytes(good)
+  skin = celebamask_hq.part_path(source, order['train'][0], 'skin')
+  Image.new('L', (32, 32), 255).save(skin)
+  prepare(source, tmp_path)
+  parts = data.open('celebamask_hq', tmp_path / 'out', SIZE, 0).train[0]['parts']
+  assert (parts > 0).all()
 
 
 @pytest.mark.parametrize('when', ['writing', 'verifying'])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
@@ -299,6 +301,29 @@ def test_every_configuration_means_something(stem, given):
   train._check_batch(c, 1)
   text = ConfigDict(c).to_json_best_effort()
   assert 'Unserializable' not in text
+
+
+def test_small_settings_warm_their_step_size_up():
+  c = importlib.import_module('configs.camvid_meta').get_config('tiny')
+  c.train.steps = 200
+  fields = c.optimizer[0].learning_rate.to_dict()
+  schedule = getattr(optax, fields.pop('name'))(**fields)
+  assert schedule(0) == 0
+  np.testing.assert_allclose([schedule(5), schedule(10)], [1e-3, 2e-3], rtol=1e-6)
+  assert schedule(11) < schedule(10)
+  np.testing.assert_allclose(schedule(200), 0, atol=1e-9)
+
+
+@pytest.mark.parametrize('field', ['optimizer', 'holdout', 'budget', 'tolerance'])
+def test_a_schedule_does_not_set_the_number_of_steps(field):
+  c = importlib.import_module('configs.camvid_meta').get_config('tiny')
+  entries = c.optimizer if field == 'optimizer' else c.sparsity.optimizers[field]
+  (schedule,) = [e.learning_rate for e in entries if 'learning_rate' in e]
+  (length,) = {'decay_steps', 'transition_steps'} & set(schedule)
+  c.train.steps = 50
+  assert schedule[length] == 50
+  schedule[length] = 7
+  assert c.train.steps == 50
 
 
 @pytest.mark.parametrize('stem', OPTIONS)
