@@ -2,17 +2,21 @@
 
   python -m benchmarks.gpu                 # NYU-like and CelebA-like heads
   python -m benchmarks.gpu --torch         # PyTorch's K = 0 step, too (CUDA)
+  python -m benchmarks.gpu --trace DIR     # a profile of each step for Perfetto
+  ... --heads NYU-like --inner-steps 0     # one row; K = 5 takes minutes to compile
 
 ResNet-50-D at 256 x 256, batch 16, bfloat16: the K = 0 step with Adam-metric prox and
 the first-order K = 5 meta-step. TFLOP are those of XLA's cost analysis of the same
 step with its loops unrolled, before optimisation; the ceiling is a large bfloat16
-matmul in the same process. Medians of --rounds rounds.
+matmul in the same process. Medians of --rounds rounds of STEPS steps each. Memory is
+what the compiled step needs: its arguments, results and temporaries.
 """
 
 import argparse
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +26,7 @@ from benchmarks.speed import Label
 from configs import common
 from msp import train
 
+STEPS = 5  # between two synchronisations, as in training
 HEADS = {
   'NYU-like': {'a': 40, 'b': 1, 'c': 13},
   'CelebA-like': {'a': 3, 'male': 0, 'smiling': 0},
@@ -65,21 +70,31 @@ def make_config(heads, size, batch, steps):
   return config
 
 
-def timed(call, rounds):
+def timed(call, wait, rounds):
+  """Seconds a call, several of them under way at a time."""
   times = []
   for i in range(rounds + 2):
     start = time.perf_counter()
-    call()
+    for _ in range(STEPS):
+      call()
+    wait()
     if i > 1:
-      times.append(time.perf_counter() - start)
+      times.append((time.perf_counter() - start) / STEPS)
   return statistics.median(times)
 
 
 def ceiling(rounds, n=8192):
-  """TFLOP/s of an n x n x n bfloat16 matmul."""
-  x = jnp.ones((n, n), jnp.bfloat16)
-  multiply = jax.jit(lambda a: a @ a)
-  return 2 * n**3 / timed(lambda: multiply(x).block_until_ready(), rounds) / 1e12
+  """TFLOP/s of an n x n x n bfloat16 matmul of random numbers."""
+  # Of variance 1/n, so that products of products neither grow nor vanish.
+  a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16) / n**0.5
+  multiply = jax.jit(jnp.matmul)
+  kept = [a]
+
+  def call():
+    kept[0] = multiply(kept[0], a)
+
+  seconds = timed(call, lambda: kept[0].block_until_ready(), rounds)
+  return 2 * n**3 / seconds / 1e12
 
 
 def lower(config, heads, batches):
@@ -90,13 +105,25 @@ def lower(config, heads, batches):
 
 
 def flops(config, heads, batches):
-  """TFLOP of a step: a loop's body would be counted once, so none is left."""
+  """TFLOP of a step: a loop's body would be counted once, so none is left.
+
+  A Hessian product holds the gradient of its inner step again, which XLA computes once:
+  of the steps that have one, all but the first, it is taken off.
+  """
   config = config.copy_and_resolve_references()
   config.meta.unroll = 'yes'
-  return lower(config, heads, batches)[1].cost_analysis()['flops'] / 1e12
+  # XLA's plug-ins for accelerators analyse nothing before it is compiled.
+  with jax.default_device(jax.devices('cpu')[0]):
+    count = lambda: lower(config, heads, batches)[1].cost_analysis()['flops'] / 1e12
+    total, steps = count(), config.meta.inner_steps
+    if steps > 1:
+      config.meta.inner_steps = 0
+      config.sparsity.coefficient = 'none'
+      total -= (steps - 1) * count()
+  return total
 
 
-def measure(name, heads, steps, size, batch, rounds, peak):
+def measure(name, heads, steps, size, batch, rounds, peak, trace):
   config = make_config(heads, size, batch, steps)
   arrays = make_batch(heads, size, batch)
   batches = {'query': arrays}
@@ -110,17 +137,30 @@ def measure(name, heads, steps, size, batch, rounds, peak):
   batches = jax.tree.map(jnp.asarray, batches)
   kept = [jax.jit(experiment.init)(jax.random.key(0), batches['query'])]
 
-  def call():
-    kept[0], metrics = compiled(kept[0], batches, jax.random.key(0))
-    jax.block_until_ready((kept[0], metrics))
+  key = jax.random.key(0)
 
-  median = timed(call, rounds)
-  memory = (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0) / 2**30
+  def call():
+    kept[0], _ = compiled(kept[0], batches, key)
+
+  wait = lambda: jax.block_until_ready(kept[0])
+  median = timed(call, wait, rounds)
+  needs = compiled.memory_analysis()
+  memory = (
+    needs.argument_size_in_bytes
+    + needs.temp_size_in_bytes
+    + needs.output_size_in_bytes
+    - needs.alias_size_in_bytes
+  ) / 2**30
   print(
-    f'| {name}, K = {steps} | {seconds:.0f} | {1e3 * median:.0f} | {work:.2f} | '
+    f'| {name}, K = {steps} | {seconds:.0f} | {1e3 * median:.1f} | {work:.2f} | '
     f'{work / median:.0f} | {100 * work / median / peak:.0f} % | {memory:.1f} |',
     flush=True,
   )
+  if trace:
+    with jax.profiler.trace(trace / f'{name}-{steps}'):
+      for _ in range(STEPS):
+        call()
+      wait()
 
 
 def peer(heads, size, batch, rounds):
@@ -142,11 +182,10 @@ def peer(heads, size, batch, rounds):
   def call():
     with torch.autocast('cuda', torch.bfloat16):
       torch_peer.training_step(network, optimizer, image, targets, 0.0, prox=False)
-    torch.cuda.synchronize()
 
-  median = timed(call, rounds)
+  median = timed(call, torch.cuda.synchronize, rounds)
   memory = torch.cuda.max_memory_allocated() / 2**30
-  print(f'| PyTorch, no prox | – | {1e3 * median:.0f} | – | – | – | {memory:.1f} |')
+  print(f'| PyTorch, no prox | – | {1e3 * median:.1f} | – | – | – | {memory:.1f} |')
 
 
 def main():
@@ -154,7 +193,10 @@ def main():
   parser.add_argument('--rounds', type=int, default=10)
   parser.add_argument('--size', type=int, default=256)
   parser.add_argument('--batch', type=int, default=16)
+  parser.add_argument('--heads', choices=HEADS, nargs='+', default=list(HEADS))
+  parser.add_argument('--inner-steps', type=int, nargs='+', default=[0, 5])
   parser.add_argument('--torch', action='store_true')
+  parser.add_argument('--trace', type=Path)
   arguments = parser.parse_args()
   if jax.default_backend() == 'cpu':
     sys.exit('error: JAX sees no accelerator; benchmarks/speed.py is for the CPU')
@@ -165,9 +207,9 @@ def main():
   print('| step | compile s | ms | TFLOP | TFLOP/s | of the ceiling | peak GiB |')
   print('|---|---|---|---|---|---|---|')
   size, batch, rounds = arguments.size, arguments.batch, arguments.rounds
-  for name, heads in HEADS.items():
-    for steps in (0, 5):
-      measure(name, heads, steps, size, batch, rounds, peak)
+  for name in arguments.heads:
+    for steps in arguments.inner_steps:
+      measure(name, HEADS[name], steps, size, batch, rounds, peak, arguments.trace)
   if arguments.torch:
     peer(HEADS['NYU-like'], size, batch, rounds)
 

@@ -86,9 +86,8 @@ def proximal(
       raise ValueError(_NO_PARAMS)
     step = _step_size(learning_rate, state.count)
 
-    def prox(layer, x, lam):
-      del layer
-      return kind.prox(x, step, lam, axis)
+    def prox(x, lam):
+      return jax.tree.map(lambda x, lam: kind.prox(x, step, lam, axis), x, lam)
 
     updates = _proximal_updates(prox, groups, params, updates, sparsity, min_alive)
     return updates, ProximalState(optax.safe_increment(state.count))
@@ -166,14 +165,16 @@ def adaptive_proximal(
     moved = count is None or count > before.count
     second = gr.select(groups, moment.nu)
 
-    def prox(layer, x, lam):
-      nu = second[layer]
+    def metric(nu):
       if count is not None:
         # In half precision b2 itself would be 1.
         nu = nu / (1 - b2 ** jnp.maximum(count, 1)).astype(nu.dtype)
-      metric = jnp.sqrt(nu + eps_root) + eps
-      z = kind.prox_weighted(x, metric, step, lam, axis)
-      return z if count is None else jnp.where(moved, z, x)
+      return jnp.sqrt(nu + eps_root) + eps
+
+    def prox(x, lam):
+      metrics = {layer: metric(second[layer]) for layer in x}
+      z = kind.prox_weighted(x, metrics, step, lam, axis)
+      return z if count is None else optax.tree.where(moved, z, x)
 
     updates = _proximal_updates(prox, groups, params, updates, sparsity, min_alive)
     done = optax.safe_increment(state.count)
@@ -246,12 +247,16 @@ def _proximal_updates(prox, groups, params, updates, sparsity, min_alive):
   axis = groups.array_axis
   coefficients = gr.coefficients(groups, sparsity)
   incoming = gr.select(groups, updates)
-  outgoing = {}
   # Inside `masked` or `partition` only some of the layers are there.
-  for layer, p in gr.select(groups, params).items():
-    x = p + incoming[layer]
-    z = _protect(x, prox(layer, x, coefficients[layer]), axis, min_alive)
-    outgoing[layer] = (z - p).astype(incoming[layer].dtype)
+  before = gr.select(groups, params)
+  x = {layer: p + incoming[layer] for layer, p in before.items()}
+  z = prox(x, {layer: coefficients[layer] for layer in x})
+  outgoing = {
+    layer: (_protect(x[layer], z[layer], axis, min_alive) - p).astype(
+      incoming[layer].dtype
+    )
+    for layer, p in before.items()
+  }
   return gr.replace(updates, outgoing)
 
 
@@ -270,8 +275,8 @@ def _coupled_updates(prox, groups, params, updates, sparsity, min_alive):
     if not all(path in x for path, _ in members):  # inside `masked` or `partition`
       continue
     matrix = gr.gather(members, x)
-    z = _protect(matrix, prox(layer, matrix, coefficients[layer]), 0, min_alive)
-    x = gr.scatter(members, z, x)
+    z = prox({layer: matrix}, {layer: coefficients[layer]})[layer]
+    x = gr.scatter(members, _protect(matrix, z, 0, min_alive), x)
   return gr.replace(
     updates, {path: (x[path] - before[path]).astype(x[path].dtype) for path in x}
   )

@@ -323,3 +323,40 @@ def test_options_of_penalties_are_checked():
     prox.get_penalty('group_mcp', a=3.0)
   with pytest.raises(UserError, match='mix is 2'):
     prox.get_penalty('sparse_group_lasso', mix=2.0)
+
+
+@pytest.mark.parametrize('name', sorted(prox.PENALTIES))
+def test_kernels_of_a_tree_are_independent(name, monkeypatch):
+  kind = prox.get_penalty(name)
+  x, metric = (
+    dict(zip('abc', kernels, strict=True))
+    for kernels in zip(kernel(9), kernel(10, (1, 1, 6, 3)), kernel(11), strict=True)
+  )
+  x['b'], metric['b'] = (a['b'].astype(np.float32) for a in (x, metric))
+  lam = {'a': 0.01, 'b': 0.3, 'c': 0.0}
+  one = {
+    k: kind.prox_weighted(jnp.asarray(x[k]), jnp.asarray(metric[k]), 0.3, lam[k], -2)
+    for k in x
+  }
+
+  def together(lam):
+    return kind.prox_weighted(jax.tree.map(jnp.asarray, x), metric, 0.3, lam, -2)
+
+  for backend in ('cpu', 'gpu'):
+    monkeypatch.setattr(jax, 'default_backend', lambda backend=backend: backend)
+    jax.tree.map(
+      lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-9),
+      together(lam),
+      one,
+    )
+    # A new function each time: its trace is kept.
+    loops = str(jax.make_jaxpr(lambda lam: together(lam))(lam)).count('while[')
+    assert loops == (0 if name == 'l1' else 3 if backend == 'cpu' else 1)
+  check_grads(
+    lambda s: together({'a': s, 'b': s, 'c': s})['a'],
+    (jnp.asarray(0.03),),
+    1,
+    eps=1e-7,
+    rtol=1e-5,
+    atol=1e-5,
+  )
