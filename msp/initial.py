@@ -145,10 +145,10 @@ def tasks(source: str, data_set: str) -> list[str]:
 
 def _read_run(source, model):
   with Checkpoints(Path(source), read_only=True) as checkpoints:
-    latest = checkpoints.latest_step()
-    if latest is None:
-      raise UserError(f'initial={source}: no complete checkpoint in it')
-    state = checkpoints.restore_any(latest)
+    latest = checkpoints.newest(checkpoints.restore_any)
+  if latest is None:
+    raise UserError(f'initial={source}: no complete checkpoint in it')
+  state = latest[1]
   params = jax.device_get(gr.by_path(state['params']))
   began = kept_shape(Path(source)) or WHOLE
   shape = Shape(_widths(params, model), began.gathers)

@@ -601,16 +601,16 @@ def train(
   logger.info('work directory: %s', workdir)
   with Checkpoints(workdir) as checkpoints:
     feed = run.feed()
-    latest = checkpoints.latest_step()
+    latest = _newest(checkpoints, run)
     if latest is None:
-      state, progress = run.initial_state(), Progress()
+      step, state, progress = 0, run.initial_state(), Progress()
     else:
-      state, meta = checkpoints.restore(latest, run.initial_state(abstract=True))
+      step, (state, meta) = latest
       feed.set_state(meta['data'])
       progress = Progress(**meta['progress'])
-      logger.info('going on from step %d', latest)
+      logger.info('going on from step %d', step)
     first = processes.is_first()
-    with MetricWriter(workdir, latest or 0) if first else SilentWriter() as writer:
+    with MetricWriter(workdir, step) if first else SilentWriter() as writer:
       if int(state.step) < config.train.steps and not progress.stopped:
         state, progress = _loop(run, state, progress, feed, checkpoints, writer)
       _finish(run, workdir, state, checkpoints, writer)
@@ -706,12 +706,18 @@ def _trained(config, workdir, devices):
     )
   run = _open(config, devices, workdir)
   processes.first_does(lambda: workdir_module.claim(workdir, config))
-  with Checkpoints(workdir) as checkpoints:
-    latest = checkpoints.latest_step()
-    if latest is None:
-      raise UserError(f'no complete checkpoint in {workdir / "checkpoints"}')
-    state, _ = checkpoints.restore(latest, run.initial_state(abstract=True))
-  return run, state, latest
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    latest = _newest(checkpoints, run)
+  if latest is None:
+    raise UserError(f'no complete checkpoint in {workdir / "checkpoints"}')
+  step, (state, _) = latest
+  return run, state, step
+
+
+def _newest(checkpoints, run):
+  return checkpoints.newest(
+    lambda step: checkpoints.restore(step, run.initial_state(abstract=True))
+  )
 
 
 def compact_run(

@@ -273,6 +273,75 @@ def test_the_best_checkpoint_survives_a_restart(tmp_path):
   assert {p.name for p in folder.iterdir()} == {'4', '8', '10'}
 
 
+STATE = {'params': {'conv': jnp.ones((30, 4)), 'bias': jnp.arange(4.0)}}
+
+
+def two_checkpoints(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(2, STATE, {'step': 2}, 0.5)
+    checkpoints.save(4, STATE, {'step': 4}, 0.6)
+  return tmp_path / 'checkpoints'
+
+
+@pytest.mark.parametrize(
+  ('name', 'content'),
+  [
+    ('state/_METADATA', None),
+    ('state/_METADATA', b'{"tree_metadata": {'),
+    ('state/array_metadatas/process_0', b'\xff'),
+    ('state/manifest.ocdbt', b''),
+    ('state/d/*', b'1234567890'),
+    ('meta/metadata', b''),
+    ('meta/metadata', None),
+  ],
+)
+def test_an_older_checkpoint_in_place_of_a_damaged_one(tmp_path, caplog, name, content):
+  folder = two_checkpoints(tmp_path)
+  (path,) = (folder / '4').glob(name)
+  path.unlink() if content is None else path.write_bytes(content)
+  with Checkpoints(tmp_path) as checkpoints:
+    step, (state, meta) = checkpoints.newest(lambda s: checkpoints.restore(s, STATE))
+    assert step == 2
+    assert meta == {'step': 2}
+    jax.tree.map(np.testing.assert_array_equal, state, STATE)
+    assert f'checkpoint {folder / "4"} is damaged' in caplog.text
+    assert 'delete it. Going on with that of step 2' in caplog.text
+    assert (folder / '4').exists()  # whoever only reads leaves it
+    for step in (3, 4):
+      checkpoints.save(step, STATE, {'step': step}, 0.4)
+    assert checkpoints.best_step() == 2
+    assert checkpoints.restore(4, STATE)[1] == {'step': 4}
+  assert {p.name for p in folder.iterdir()} == {'2', '3', '4', '4.damaged'}
+
+
+def test_nothing_but_damaged_checkpoints(tmp_path):
+  folder = two_checkpoints(tmp_path)
+  for step in '24':
+    (folder / step / 'state' / 'manifest.ocdbt').write_bytes(b'')
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    for read in (checkpoints.restore_any, lambda s: checkpoints.restore(s, STATE)):
+      with pytest.raises(UserError) as caught:
+        checkpoints.newest(read)
+      assert str(caught.value).startswith(f'checkpoint {folder / "4"} is damaged (')
+      assert str(caught.value).endswith('): delete it')
+      assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{}', '{"score": null, "step": 4}'])
+def test_a_damaged_score_does_not_count(tmp_path, caplog, content):
+  folder = two_checkpoints(tmp_path)
+  path = folder / '4' / 'metrics' / 'metrics'
+  path.write_text(content)
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:  # may not mend it
+    assert checkpoints.newest(checkpoints.restore_any)[0] == (4 if content else 2)
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.newest(checkpoints.restore_any)[0] == 4
+    assert checkpoints.best_step() == 2
+    checkpoints.save(6, STATE, {}, 0.4)
+    assert checkpoints.best_step() == 2
+  assert f'{path} is damaged' in caplog.text
+
+
 def test_evaluating_what_was_never_trained(tmp_path):
   with pytest.raises(UserError, match='no checkpoint in work directory'):
     train.evaluate_run(config(tmp_path), tmp_path / 'run')

@@ -178,6 +178,16 @@ def test_latest_two_checkpoints_and_the_best_are_kept(finished):
   assert kept - {4, 6} <= {max(scores, key=scores.get)}
 
 
+def test_a_run_whose_newest_checkpoint_is_damaged(finished, faces, tmp_path, caplog):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished[0], workdir)
+  newest = workdir / 'checkpoints' / str(STEPS)
+  (newest / 'state' / 'manifest.ocdbt').write_bytes(b'')
+  run(config(faces), workdir)
+  assert f'checkpoint {newest} is damaged' in caplog.text
+  same_run(finished[0], workdir)
+
+
 class Killed(BaseException):
   """Stands for a kill: no handler may make anything of it."""
 
