@@ -3,6 +3,8 @@
 import contextlib
 import json
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +15,7 @@ from orbax import checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from msp import processes
-from msp.errors import UserError
+from msp.errors import UserError, naming
 from msp.groups import path_name
 
 logger = logging.getLogger(__name__)
@@ -82,7 +84,8 @@ class Checkpoints:
     return self
 
   def __exit__(self, *exc):
-    self._manager.close()
+    with self._writable():
+      self._manager.close()
 
   def latest_step(self) -> int | None:
     """Step of the newest complete checkpoint, None if there is none."""
@@ -100,14 +103,28 @@ class Checkpoints:
       self._manager.reload()
     if step in self._manager.all_steps():
       return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
-      ),
-      metrics={self._score: score, 'step': step},
-      force=True,
-    )
+    with self._writable():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
+        ),
+        metrics={self._score: score, 'step': step},
+        force=True,
+      )
+
+  @contextlib.contextmanager
+  def _writable(self):
+    """What the operating system refuses, TensorStore tells in a ValueError."""
+    try:
+      with naming(self._manager.directory):
+        yield
+    except ValueError as e:
+      number = re.search(r"os_error_code='(\d+)'", str(e))
+      if not number:
+        raise
+      code = int(number[1])
+      raise OSError(code, os.strerror(code), str(self._manager.directory)) from None
 
   def _set_damaged_aside(self):
     """Renames what could not be read: it would pass for the newest or the best."""

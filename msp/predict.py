@@ -22,7 +22,7 @@ from PIL import Image
 from data.errors import DataError
 from data.files import read_image, read_size, resize_label, write_atomically
 from data.progress import progress_bar
-from msp.errors import UserError
+from msp.errors import UserError, one_line
 from msp.figures import class_colors
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
       csv.writer(text).writerows([['picture', *attributes], *rows])
       write_atomically(target / 'attributes.csv', text.getvalue().encode())
   except OSError as e:
-    raise UserError(f'{e.filename or target}: {e.strerror}') from None
+    raise UserError(one_line(e)) from None
   return len(rows), skipped
 
 

@@ -21,7 +21,7 @@ import data
 from msp import figures, report, train, writer
 from msp import tasks as task_module
 from msp import workdir as workdir_module
-from msp.errors import UserError
+from msp.errors import UserError, one_line
 from msp.metrics import delta_m
 
 logger = logging.getLogger(__name__)
@@ -210,6 +210,8 @@ def _failure(error, place):
   """The reason in a line; what nobody foresaw leaves its traceback in a file."""
   if isinstance(error, UserError | data.DataError | FloatingPointError):
     return str(error)
+  if isinstance(error, OSError):
+    return one_line(error)
   place.mkdir(parents=True, exist_ok=True)
   text = ''.join(traceback.format_exception(error))
   workdir_module.write(place / 'error.txt', lambda f: f.write(text.encode()))

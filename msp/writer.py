@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorboardX
 
-from msp.errors import UserError
+from msp.errors import UserError, naming
 from msp.workdir import write
 
 METRICS = 'metrics.jsonl'
@@ -56,8 +56,9 @@ class MetricWriter:
         NaN and ±∞ are written as null: JSON has no word for them.
     """
     row = _plain(row)
-    self._file.write(json.dumps(row, allow_nan=False) + '\n')
-    self._file.flush()
+    with naming(Path(self._file.name)):
+      self._file.write(json.dumps(row, allow_nan=False) + '\n')
+      self._file.flush()
     for name, value in _flat(row['split'], row):
       if isinstance(value, int | float):
         self._board.add_scalar(name, value, row['step'])
@@ -66,7 +67,8 @@ class MetricWriter:
     return self
 
   def __exit__(self, *_):
-    self._file.close()
+    with naming(Path(self._file.name)):
+      self._file.close()
     self._board.close()
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from configs import common
 from data import DataError
 from msp import train, workdir
 from msp.checkpoint import Checkpoints
-from msp.errors import UserError
+from msp.errors import UserError, one_line
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {
@@ -340,6 +341,68 @@ def test_a_damaged_score_does_not_count(tmp_path, caplog, content):
     checkpoints.save(6, STATE, {}, 0.4)
     assert checkpoints.best_step() == 2
   assert f'{path} is damaged' in caplog.text
+
+
+def test_orbax_does_not_add_words_of_its_own(tmp_path):
+  folder = two_checkpoints(tmp_path / 'old')
+  content = '{"tasks": ["male"], "data": {"name": "celebamask_hq"}}'
+  (tmp_path / 'old' / 'config.json').write_text(content)
+  for step in '24':
+    (folder / step / '_CHECKPOINT_METADATA').write_bytes(b'')
+    (folder / step / 'state' / 'manifest.ocdbt').write_bytes(b'')
+  line = last_line(
+    *launch(
+      tmp_path,
+      f'--config={ROOT / "configs/celeba_meta.py"}:procedural,tiny',
+      '--config.initial=old',
+      '--mode=adapt',
+    )
+  )
+  assert f'checkpoint {folder / "4"} is damaged' in line
+  assert {path.name for path in tmp_path.iterdir()} == {'old'}
+
+
+def test_a_disk_that_is_full_at_a_checkpoint(tmp_path):
+  folder = two_checkpoints(tmp_path)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with Checkpoints(tmp_path) as checkpoints:
+    large = {'x': jax.random.normal(jax.random.key(0), (100, 100))}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as full as it gets
+    try:
+      with pytest.raises(OSError, match='File too large') as caught:
+        checkpoints.save(6, large, {}, 0.5)
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert caught.value.filename == str(folder)
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest_step() == 4
+    checkpoints.save(6, large, {}, 0.5)
+    assert checkpoints.latest_step() == 6
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+  full = tmp_path / 'runs' / 'report' / '.losses.png.tmp'
+  full.parent.mkdir(parents=True)
+  full.symlink_to('/dev/full')
+  (tmp_path / 'runs' / 'metrics.jsonl').write_text(
+    '{"split": "train", "step": 1, "loss": 0.5}\n'
+  )
+  config = ('--config', ROOT / 'configs/celeba_meta.py')
+  line = last_line(*launch(tmp_path, *config, '--workdir=runs', '--mode=report'))
+  assert line == 'error: runs/report/losses.png: No space left on device'
+  assert list(full.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  ('error', 'line'),
+  [
+    (OSError(28, 'No space left', 'a/b'), 'a/b: No space left'),
+    (OSError(28, 'No space left'), 'No space left'),
+    (OSError('cannot read\nthe header'), 'OSError: cannot read the header'),
+  ],
+)
+def test_what_the_operating_system_says_in_one_line(error, line):
+  assert one_line(error) == line
 
 
 def test_evaluating_what_was_never_trained(tmp_path):

@@ -112,3 +112,16 @@ def test_damage_before_the_last_line_is_an_error(tmp_path, damage):
   with pytest.raises(UserError, match=r'metrics.jsonl, line 2: not a row'):
     writer.MetricWriter(tmp_path, resume_step=5)
   assert damage in path.read_text()
+
+
+def test_a_full_disk_names_the_log(tmp_path):
+  path = tmp_path / writer.METRICS
+  log = writer.MetricWriter(tmp_path, 0)
+  log._file.close()
+  path.unlink()
+  path.symlink_to('/dev/full')
+  log._file = path.open('a')
+  for step in (log.write, lambda _: log.__exit__()):
+    with pytest.raises(OSError, match='No space left') as caught:
+      step({'split': 'train', 'step': 1})
+    assert caught.value.filename == str(path)
