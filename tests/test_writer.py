@@ -114,6 +114,17 @@ def test_damage_before_the_last_line_is_an_error(tmp_path, damage):
   assert damage in path.read_text()
 
 
+def test_a_full_disk_does_not_stop_the_run_for_tensorboard(tmp_path):
+  with writer.MetricWriter(tmp_path, 0) as log:
+    events = log._events._py_recordio_writer
+    with open('/dev/full', 'wb', buffering=0) as full:
+      good, events._writer = events._writer, full
+      with pytest.raises(OSError, match='No space left') as caught:
+        log.write({'split': 'val', 'step': 1, 'loss': 0.5})
+      events._writer = good
+  assert caught.value.filename == str(tmp_path / 'tensorboard')
+
+
 def test_a_full_disk_names_the_log(tmp_path):
   path = tmp_path / writer.METRICS
   log = writer.MetricWriter(tmp_path, 0)
