@@ -186,7 +186,12 @@ def build(
     lambda_max = gr.lambda_max(groups, gradients)
     if len(groups.names) == 1:
       lambda_max = lambda_max[0]
-    relative = sparsity.start if learned else sparsity.value / lambda_max
+    if learned:
+      relative = sparsity.start
+    else:
+      # Without a gradient at the start a layer has no scale; its λ is `value` too.
+      lambda_max = jnp.where(lambda_max > 0, lambda_max, sparsity.value)
+      relative = sparsity.value / lambda_max
     rho = jnp.log(jnp.broadcast_to(relative, lambda_max.shape))
     state = state._replace(rho=rho, lambda_max=lambda_max)
     if learned:
@@ -1203,10 +1208,10 @@ class Monitor:
         f'step {step}: the gradient of {self._leaves[leaf]} is not finite '
         f'(loss {float(metrics["loss"])})'
       )
-    for name in ('loss', 'hold_out_loss', 'hypergradient', 'violation'):
-      value = np.asarray(metrics.get(name, 0.0))
-      if not np.isfinite(value).all():
-        raise FloatingPointError(f'step {step}: {name} is {value}')
+    for name in ('loss', 'hold_out_loss', 'hypergradient', 'violation', 'lambda'):
+      values = np.atleast_1d(metrics.get(name, 0.0))
+      if (wrong := values[~np.isfinite(values)]).size:
+        raise FloatingPointError(f'step {step}: {name} is {wrong[0]}')
     if metrics.get('restored', False) and step == self._search:
       logger.info(
         'step %d: λ/λ_max is %.2g after the search for it; training goes on from the '

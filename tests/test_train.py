@@ -562,6 +562,32 @@ def test_a_network_that_becomes_its_twin_is_reported(caplog):
   assert planned.getMessage().startswith('step 8: λ/λ_max is 0.12 after the search')
 
 
+def test_a_fixed_coefficient_of_layers_without_a_gradient(faces):
+  """Heads of zeros let no gradient through to the backbone."""
+  overrides = {'coefficient': 'fixed', 'value': 1e-3, 'granularity': 'layer'}
+  overrides = {f'sparsity.{name}': value for name, value in overrides.items()}
+  c = config(faces, **overrides)
+  experiment = train.build(c, data.labels(c.data.name))
+  batch = {'image': jnp.ones((2, 16, 16, 3)), 'valid': jnp.ones(2, bool)}
+  batch |= {task: jnp.zeros(2, jnp.int32) for task in c.tasks}
+  shapes = jax.eval_shape(experiment.init, jax.random.key(0), batch).params
+  zeros = {
+    path: np.zeros(leaf.shape, np.float32)
+    for path, leaf in gr.by_path(shapes).items()
+    if path.startswith('heads/')
+  }
+  state = jax.jit(experiment.init)(jax.random.key(0), batch, (zeros, {}))
+  np.testing.assert_allclose(jnp.exp(state.rho) * state.lambda_max, 1e-3, rtol=1e-6)
+
+
+def test_a_coefficient_that_is_no_number_is_noticed():
+  params = {'backbone': {'a': {'kernel': np.ones((1, 1, 8, 4), np.float32)}}}
+  monitor = train.Monitor(0, gr.find(params), params)
+  metrics = {'nonfinite': -1, 'loss': 1.0, 'alive': [8]}
+  with pytest.raises(FloatingPointError, match=r'step 3: lambda is nan$'):
+    monitor.check(3, metrics | {'lambda': np.array([1, np.nan])})
+
+
 @pytest.mark.parametrize(('axis', 'noticed'), [('in', True), ('weight', False)])
 def test_half_of_the_layers_all_but_dead_is_noticed(axis, noticed):
   """Two of 32 channels are next to nothing; two of many weights may be enough."""
