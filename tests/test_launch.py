@@ -131,6 +131,14 @@ ADAM = [ConfigDict({'name': 'adam', 'learning_rate': 0.1})]
 MOMENTUM = [ConfigDict({'name': 'sgd', 'learning_rate': 0.1, 'momentum': 0.9})]
 COSINE = {'name': 'cosine_decay_schedule', 'init_value': 0.1, 'decay_steps': 9}
 SCHEDULED = [ConfigDict({'name': 'sgd', 'learning_rate': COSINE})]
+WARM_UP = {'name': 'warmup_cosine_decay_schedule', 'init_value': 0.0}
+WARM_UP |= {'peak_value': 0.1, 'warmup_steps': 9, 'decay_steps': 5}
+
+
+def adamw(**fields):
+  return [ConfigDict({'name': 'adamw', 'learning_rate': 0.1} | fields)]
+
+
 MISTAKES = [
   ({'tasks': ('segmentation', 'mael')}, "unknown task 'mael'; did you mean 'male'"),
   ({'tasks': ()}, 'no tasks given'),
@@ -153,6 +161,12 @@ MISTAKES = [
     {'optimizer': [ConfigDict({'name': 'adam', 'learning_rat': 0.1})]},
     'cannot take',
   ),
+  ({'optimizer': adamw(learning_rate='fast')}, "learning_rate is 'fast'; it has to be"),
+  ({'optimizer': adamw(learning_rate=None)}, 'learning_rate is None; it has to be'),
+  ({'optimizer': adamw(learning_rate=WARM_UP)}, 'warmup_cosine_decay_schedule cannot'),
+  ({'optimizer': adamw(weight_decay='much')}, 'an argument is of the wrong type'),
+  ({'optimizer': adamw(name='lbfgs')}, 'optimizer: lbfgs cannot make a step from'),
+  ({'sparsity.optimizers.holdout': adamw(name='lbfgs')}, 'holdout: lbfgs cannot make'),
   ({'optimizer': SGD}, 'needs an inner transform with one second moment'),
   (
     {'meta.optimizer': [ConfigDict({'name': 'scale', 'step_size': -0.1})]},
