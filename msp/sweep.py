@@ -168,16 +168,25 @@ def _run(sweep, entry, seed, workdir, failures, skip_corrupt) -> Result:
   config = configuration(sweep, entry, seed, workdir)
   place = folder(workdir, entry.name, seed)
   rows = trained(config, place, adapt=entry.adapt, skip_corrupt=skip_corrupt)
+  path = place / 'groups.json'
   try:
-    layers = json.loads((place / 'groups.json').read_text())['layers']
+    layers = {
+      layer['name']: float(np.mean(layer['alive']))
+      for layer in json.loads(path.read_text())['layers']
+    }
   except FileNotFoundError:  # groups of single weights
-    layers = []
+    layers = {}
+  except (ValueError, LookupError, TypeError) as e:
+    raise UserError(
+      f'{path} is damaged ({e}); remove {report.path(place)}, and the same command '
+      f'writes both again'
+    ) from None
   (place / 'error.txt').unlink(missing_ok=True)  # of an earlier attempt
   return Result(
     config,
     _make_tasks(config),
     rows,
-    {layer['name']: float(np.mean(layer['alive'])) for layer in layers},
+    layers,
   )
 
 

@@ -385,6 +385,8 @@ def _check(config):
 
 
 def _weights(config):
+  if not all(isinstance(weight, int | float) for weight in config.loss.weights):
+    raise UserError(f'loss.weights is {config.loss.weights}; it has to be numbers')
   return dict(zip(config.tasks, config.loss.weights, strict=False))
 
 

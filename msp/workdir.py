@@ -32,8 +32,8 @@ def check(workdir: Path, config: ConfigDict) -> None:
   if not path.exists():
     return
   try:
-    own = json.loads(path.read_text())
-  except (OSError, ValueError) as e:
+    own = {**json.loads(path.read_text())}
+  except (OSError, ValueError, TypeError) as e:
     raise UserError(
       f'cannot read {path}: {e}; choose another directory with --workdir, or '
       f'remove this one'

@@ -113,11 +113,16 @@ def read(path: Path) -> list[dict[str, Any]]:
       row = json.loads(line)
     except ValueError:
       row = None
-    if isinstance(row, dict) and {'split', 'step'} <= row.keys():
+    if isinstance(row, dict) and _is_row(**row):
       rows.append(row)
     elif number < len(lines):
       raise UserError(f'{path}, line {number}: not a row of metrics; remove the line')
   return rows
+
+
+def _is_row(split=None, step=None, **values):
+  plain = all(isinstance(x, int | float | dict | None) for x in values.values())
+  return isinstance(split, str) and isinstance(step, int) and plain
 
 
 def _lines(path):

@@ -197,6 +197,10 @@ MISTAKES = [
   ({'meta.unroll': 'maybe'}, "meta.unroll is 'maybe'; known: auto, yes, no"),
   ({'loss.combination': 'mean'}, "unknown combination of losses 'mean'"),
   ({'loss.combination': 'fixed'}, "no weight for task 'segmentation'"),
+  (
+    {'loss.combination': 'fixed', 'loss.weights': ('1', '2')},
+    r"loss.weights is \('1', '2'\); it has to be numbers",
+  ),
   ({'loss.resolution': 'half'}, "unknown loss_resolution 'half'"),
   (
     {'sparsity.penalty': 'lasso'},

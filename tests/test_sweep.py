@@ -224,6 +224,26 @@ def test_runs_on_another_data_set_are_not_compared(tmp_path, trained):
   assert row['Δm % mean'] == row['steps to alone mean'] == ''
 
 
+def test_a_full_disk_is_no_defect(tmp_path, trained):
+  trained[1]['sparse', 0] = OSError(28, 'No space left on device', 'groups.json')
+  with pytest.raises(UserError, match=r'seed 0: groups\.json: No space left'):
+    sweep.run(make(), tmp_path)
+  assert not list(tmp_path.rglob('error.txt'))
+
+
+def test_damaged_groups_are_named(tmp_path, trained):
+  sweep.run(make(), tmp_path)
+  place = sweep.folder(tmp_path, 'alone', 0)
+  (place / 'groups.json').write_text('null')
+  with pytest.raises(
+    UserError, match=r'2 of 4.*groups\.json is damaged .*/index\.html'
+  ):
+    sweep.run(make(), tmp_path)
+  assert not (place / 'error.txt').exists()
+  (place / 'report' / 'index.html').unlink()
+  sweep.run(make(), tmp_path)
+
+
 def test_other_settings_do_not_pass_for_the_old_ones(tmp_path, trained):
   sweep.run(make(), tmp_path)
   with pytest.raises(

@@ -105,7 +105,18 @@ def test_a_new_run_starts_empty(tmp_path):
     assert lines(tmp_path) == []
 
 
-@pytest.mark.parametrize('damage', ['{"split": "tr', '[1, 2]', '{"step": 3}', ''])
+@pytest.mark.parametrize(
+  'damage',
+  [
+    '{"split": "tr',
+    '[1, 2]',
+    '{"step": 3}',
+    '',
+    '{"split": "val", "step": null}',
+    '{"split": 1, "step": 1}',
+    '{"split": "val", "step": 1, "loss": "high"}',
+  ],
+)
 def test_damage_before_the_last_line_is_an_error(tmp_path, damage):
   path = tmp_path / writer.METRICS
   path.write_text(f'{{"split": "train", "step": 1}}\n{damage}\n{{}}\n')
