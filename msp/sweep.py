@@ -113,6 +113,14 @@ def check(sweep: ConfigDict) -> None:
   names = [entry.name for entry in sweep.runs]
   if not names or not sweep.seeds:
     raise UserError(f'sweep {sweep.name} has no {"seeds" if names else "runs"}')
+  if sweep.steps < 0:
+    raise UserError(
+      f'steps of sweep {sweep.name} is {sweep.steps}; it has to be at least 1, or 0 '
+      f'for those of its runs'
+    )
+  for seed in sweep.seeds:
+    if not (isinstance(seed, int) and 0 <= seed < 2**31):
+      raise UserError(f'seed {seed!r} of sweep {sweep.name} is not in [0, 2^31)')
   if len({_slug(name) for name in names}) < len(names):
     raise UserError(f'two runs of sweep {sweep.name} would have one work directory')
   for position, entry in enumerate(sweep.runs):

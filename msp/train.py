@@ -1011,6 +1011,12 @@ def _open(config, devices, workdir, *, skip_corrupt=False) -> Run:
   if not processes.is_first():  # finds it done, or has a disk of its own
     prepare(config, skip_corrupt=skip_corrupt)
   parts = splits(config)
+  # A train_share may be smaller than a batch, which then has some images twice.
+  if config.train.batch_size > parts.train.stored:
+    raise UserError(
+      f'train.batch_size is {config.train.batch_size}, more than the '
+      f'{parts.train.stored} images of the train split; choose a smaller one'
+    )
   own = parts.train if config.sparsity.learn_on == 'query' else parts.hold_out
   hold_out_images = 1 if own is None else len(own)
   experiment = build(config, labels, hold_out_images, workdir)

@@ -275,6 +275,9 @@ def change(made, i, **values):
   ('spoil', 'message'),
   [
     (lambda s: s.update(seeds=()), 'trial has no seeds'),
+    (lambda s: s.update(seeds=(0, -1)), r'seed -1 of sweep trial is not in \[0, 2\^31'),
+    (lambda s: s.update(seeds=(0.5,)), r'seed 0\.5 of sweep trial is not in'),
+    (lambda s: s.update(steps=-1), 'steps of sweep trial is -1; .* at least 1, or 0'),
     (lambda s: s.runs.clear(), 'trial has no runs'),
     (lambda s: change(s, 0, start='sparse'), "starts from 'sparse'.* not a run before"),
     (lambda s: change(s, 1, name='alone'), 'two runs .* one work directory'),
@@ -282,6 +285,7 @@ def change(made, i, **values):
     (lambda s: s.target.update(task='male'), "'alone' has no task male"),
   ],
 )
+@pytest.mark.usefixtures('trained')  # or what passes by mistake would train
 def test_impossible_sweeps(tmp_path, spoil, message):
   made = make()
   spoil(made)

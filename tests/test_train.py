@@ -562,6 +562,20 @@ def test_a_network_that_becomes_its_twin_is_reported(caplog):
   assert planned.getMessage().startswith('step 8: λ/λ_max is 0.12 after the search')
 
 
+def test_a_batch_is_no_larger_than_the_data_set(faces, tmp_path):
+  c = config(faces)
+  stored = train.splits(c).train.stored
+  c.train.batch_size = stored + 2
+  with pytest.raises(
+    UserError, match=f'is {stored + 2}, more than the {stored} images'
+  ):
+    run(c, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+  c.train.batch_size = stored
+  c.data.train_share = 0.1  # the scarce settings of the sweeps
+  train._open(c, jax.devices()[:1], None)
+
+
 def test_a_fixed_coefficient_of_layers_without_a_gradient(faces):
   """Heads of zeros let no gradient through to the backbone."""
   overrides = {'coefficient': 'fixed', 'value': 1e-3, 'granularity': 'layer'}
