@@ -49,9 +49,10 @@ def main(argv: list[str]) -> None:
       sys.exit(f'error: --distributed found no cluster: {" ".join(str(e).split())}')
   import data
   from msp import processes, report, sweep, train
-  from msp.errors import UserError
+  from msp.errors import UserError, one_line
 
-  absl_logging.set_verbosity(absl_logging.ERROR)  # orbax and TFDS speak through it
+  # Orbax and TFDS speak through it, and what they call an error they also raise.
+  absl_logging.set_verbosity(absl_logging.FATAL)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   for name in ('msp', 'data'):
@@ -92,6 +93,8 @@ def main(argv: list[str]) -> None:
       print(f'report: {path}')
   except (UserError, data.DataError, FloatingPointError) as e:
     sys.exit(f'error: {e}')
+  except OSError as e:  # a full disk, a file that has become unreadable
+    sys.exit(f'error: {one_line(e)}')
   except KeyboardInterrupt:
     sys.exit('interrupted; the same command goes on from what is saved')
 

@@ -29,6 +29,7 @@ class Source:
     self.name = name
     self._records = records
     self.indices = indices  # positions in the stored split
+    self.stored = len(records)  # images of the whole split
 
   def __len__(self) -> int:
     return len(self.indices)

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -222,8 +223,12 @@ def read_summary(folder: Path) -> dict:
     DataError: the note is missing or unreadable.
   """
   try:
-    return json.loads((folder / SUMMARY).read_text())
-  except (OSError, ValueError) as error:
+    summary = json.loads((folder / SUMMARY).read_text())
+    for split, names in summary['names'].items():
+      if not all(isinstance(name, str) for name in names):
+        raise ValueError(f'the names of {split} are no texts')
+    return summary
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise DataError(
       f'prepared data set {folder} is damaged ({error}); ' + _rebuild(folder)
     ) from None
@@ -336,8 +341,13 @@ class _Preparation:
     for entries in self._blocks(split):
       path = self._block_path(entries)
       if path.exists():
-        with np.load(path) as block:
-          columns = dict(block)
+        try:
+          with path.open('rb') as file, np.load(file) as block:
+            columns = dict(block)
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+          raise DataError(
+            f'{path} is damaged ({error}); remove it and run the same command again'
+          ) from None
         for row, entry in enumerate(entries):
           record = {key: column[row] for key, column in columns.items()}
           yield record | {'name': entry.name}

@@ -1,17 +1,31 @@
 """Checkpoints: the only module that knows orbax."""
 
-from collections.abc import Mapping
+import contextlib
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from orbax import checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from msp.errors import UserError
+from msp import processes
+from msp.errors import UserError, naming
 from msp.groups import path_name
 
+logger = logging.getLogger(__name__)
+
 PyTree = Any
+T = TypeVar('T')
+
+
+class DamagedCheckpointError(UserError):
+  """A checkpoint that cannot be read."""
 
 
 class Checkpoints:
@@ -32,8 +46,11 @@ class Checkpoints:
     """
     # Of equal scores the first is the best, as in the loop's early stopping.
     rank = lambda metrics: (metrics[score], -metrics['step'])
+    folder = (workdir / 'checkpoints').resolve()
+    if not read_only:
+      processes.first_does(lambda: _forget_damaged_scores(folder, rank))
     self._manager = ocp.CheckpointManager(
-      (workdir / 'checkpoints').resolve(),
+      folder,
       # Without them a manager that has saved nothing yet cannot tell what is saved.
       item_handlers={
         'state': ocp.StandardCheckpointHandler(),
@@ -54,18 +71,21 @@ class Checkpoints:
         cleanup_tmp_directories=not read_only,
         create=not read_only,
         read_only=read_only,
+        lightweight_initialize=read_only,  # no scores, which may be damaged
         # On the CPU a saved array may be the very buffer that the next step,
         # to which the state is donated, overwrites.
         enable_async_checkpointing=jax.default_backend() != 'cpu',
       ),
     )
     self._score = score
+    self._damaged = set()  # steps that `newest` could not read
 
   def __enter__(self):
     return self
 
   def __exit__(self, *exc):
-    self._manager.close()
+    with self._writable():
+      self._manager.close()
 
   def latest_step(self) -> int | None:
     """Step of the newest complete checkpoint, None if there is none."""
@@ -77,16 +97,68 @@ class Checkpoints:
 
   def save(self, step: int, state: PyTree, meta: Mapping, score: float) -> None:
     """Writes a checkpoint; one of the same step is left as it is."""
+    if self._damaged:
+      processes.first_does(self._set_damaged_aside)
+      self._damaged.clear()
+      self._manager.reload()
     if step in self._manager.all_steps():
       return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
-      ),
-      metrics={self._score: score, 'step': step},
-      force=True,
-    )
+    with self._writable():
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
+        ),
+        metrics={self._score: score, 'step': step},
+        force=True,
+      )
+
+  @contextlib.contextmanager
+  def _writable(self):
+    """What the operating system refuses, TensorStore tells in a ValueError."""
+    try:
+      with naming(self._manager.directory):
+        yield
+    except ValueError as e:
+      number = re.search(r"os_error_code='(\d+)'", str(e))
+      if not number:
+        raise
+      code = int(number[1])
+      raise OSError(code, os.strerror(code), str(self._manager.directory)) from None
+
+  def _set_damaged_aside(self):
+    """Renames what could not be read: it would pass for the newest or the best."""
+    for step in self._damaged:
+      path = self._manager.directory / str(step)
+      path.rename(path.with_name(f'{step}.damaged'))
+
+  def newest(self, restore: Callable[[int], T]) -> tuple[int, T] | None:
+    """The newest checkpoint that can be read; warns of newer ones that cannot.
+
+    Args:
+      restore: step -> what is wanted of it: `restore` or `restore_any`.
+
+    Returns:
+      Its step, and what `restore` gave; None if there is no complete checkpoint.
+
+    Raises:
+      DamagedCheckpointError: there are checkpoints, and none can be read; names the
+        newest.
+    """
+    damaged = []
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        found = step, restore(step)
+      except DamagedCheckpointError as e:
+        damaged.append((step, e))
+        continue
+      for newer, error in damaged:
+        logger.warning('%s. Going on with that of step %d', error, step)
+        self._damaged.add(newer)
+      return found
+    if damaged:
+      raise damaged[0][1]
+    return None
 
   def restore(self, step: int, target: PyTree) -> tuple[PyTree, dict]:
     """Reads a checkpoint onto the shapes, types and shardings of `target`.
@@ -99,21 +171,28 @@ class Checkpoints:
       The state and the meta data.
 
     Raises:
+      DamagedCheckpointError: it cannot be read.
       UserError: the saved leaves are not those of `target`; names them.
     """
     where = f'checkpoint {self._manager.directory / str(step)}'
-    saved = self._manager.item_metadata(step)['state']
-    if saved is None:
-      raise UserError(f'{where} is incomplete: delete it and start again')
+    with _readable(where):
+      saved = self._saved(step)
     _check_leaves(saved, target, where)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
-      ),
-    )
+    with _readable(where):
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
+        ),
+      )
     return restored['state'], restored['meta']
+
+  def _saved(self, step):
+    saved = self._manager.item_metadata(step)['state']
+    if saved is None:
+      raise ValueError('incomplete')
+    return saved
 
   def restore_any(self, step: int) -> dict:
     """Reads the state of a checkpoint, whatever made it, as nested dicts of arrays.
@@ -125,20 +204,43 @@ class Checkpoints:
       The state, on one device; it may have been saved on any number.
 
     Raises:
-      UserError: the checkpoint is incomplete.
+      DamagedCheckpointError: it cannot be read.
     """
-    saved = self._manager.item_metadata(step)['state']
-    if saved is None:
-      raise UserError(
-        f'checkpoint {self._manager.directory / str(step)} is incomplete: delete it'
-      )
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), saved
-    )
-    return self._manager.restore(
-      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    )['state']
+    with _readable(f'checkpoint {self._manager.directory / str(step)}'):
+      abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        self._saved(step),
+      )
+      return self._manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+      )['state']
+
+
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+  """Turns whatever reading a damaged file raises into a `DamagedCheckpointError`."""
+  # Reads that were under way beside the failed one complain when they are collected.
+  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    yield
+  except (jax.errors.JaxRuntimeError, MemoryError):  # too large for this machine
+    raise
+  except Exception as e:  # orbax and TensorStore raise anything up to a bare Exception
+    reason = f'{type(e).__name__}: {e}'.splitlines()[0][:120]
+    raise DamagedCheckpointError(f'{where} is damaged ({reason}): delete it') from None
+  finally:
+    sys.unraisablehook = hook
+
+
+def _forget_damaged_scores(folder: Path, rank: Callable) -> None:
+  """Removes scores that are not readable, without which orbax opens a folder."""
+  for path in folder.glob('*/metrics/metrics'):
+    try:
+      sum(rank(json.loads(path.read_text())))
+    except (ValueError, KeyError, TypeError) as e:
+      logger.warning('%s is damaged (%s): that checkpoint has no score now', path, e)
+      path.unlink()
 
 
 def _check_leaves(saved, target, where):

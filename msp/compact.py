@@ -289,15 +289,21 @@ def write(folder: Path, result: Compact) -> None:
     raise UserError(f'cannot write to {folder}: {e.strerror}') from None
 
 
+NO_SHAPE = (KeyError, TypeError, ValueError, AttributeError)
+
+
 def encode(shape: Shape) -> dict:
   """A shape as data for JSON."""
   return {'widths': dict(shape.widths), 'gathers': dict(shape.gathers)}
 
 
 def decode(content: dict) -> Shape:
-  """The shape that `encode` gave; KeyError or TypeError if it is none."""
-  gathers = ((name, tuple(channels)) for name, channels in content['gathers'].items())
-  return Shape(tuple(content['widths'].items()), tuple(gathers))
+  """The shape that `encode` gave; one of `NO_SHAPE` if it is none."""
+  gathers = content['gathers'].items()
+  return Shape(
+    tuple((name, int(width)) for name, width in content['widths'].items()),
+    tuple((name, tuple(map(int, channels))) for name, channels in gathers),
+  )
 
 
 def read_arrays(folder: Path) -> tuple[Shape, dict[str, np.ndarray], bool]:
@@ -317,15 +323,11 @@ def read_arrays(folder: Path) -> tuple[Shape, dict[str, np.ndarray], bool]:
     shape = json.loads((folder / 'shape.json').read_text())
     with (folder / 'arrays.npz').open('rb') as file, np.load(file) as content:
       arrays = dict(content)
+    for name, array in arrays.items():
+      if array.dtype.kind != 'f':
+        raise ValueError(f'{name} is {array.dtype}')
     return decode(shape), arrays, shape['folded']
-  except (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    EOFError,
-    zipfile.BadZipFile,
-  ) as e:
+  except (OSError, EOFError, zipfile.BadZipFile, *NO_SHAPE) as e:
     raise UserError(
       f'no compact network in {folder} ({e}); make one with --mode compact'
     ) from None

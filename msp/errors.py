@@ -1,6 +1,31 @@
+"""What the environment and its user can do wrong, in one line each."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+
 class UserError(ValueError):
   """A mistake of the user's: one line that says what, where and what to do.
 
   `launch.py` prints the line and exits with 1; every other exception keeps its
   traceback, because it is a defect of this program.
   """
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+  """Gives an `OSError` its file: the system names it on opening, not on writing."""
+  try:
+    yield
+  except OSError as e:
+    e.filename = e.filename or str(path)
+    raise
+
+
+def one_line(error: OSError) -> str:
+  """FILE: what the operating system says; other libraries' own words as they are."""
+  if error.errno is None:
+    return ' '.join(f'{type(error).__name__}: {error}'.split())
+  place = f'{error.filename}: ' if error.filename else ''
+  return f'{place}{error.strerror}'

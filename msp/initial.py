@@ -3,11 +3,13 @@
 import json
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -145,10 +147,10 @@ def tasks(source: str, data_set: str) -> list[str]:
 
 def _read_run(source, model):
   with Checkpoints(Path(source), read_only=True) as checkpoints:
-    latest = checkpoints.latest_step()
-    if latest is None:
-      raise UserError(f'initial={source}: no complete checkpoint in it')
-    state = checkpoints.restore_any(latest)
+    latest = checkpoints.newest(checkpoints.restore_any)
+  if latest is None:
+    raise UserError(f'initial={source}: no complete checkpoint in it')
+  state = latest[1]
   params = jax.device_get(gr.by_path(state['params']))
   began = kept_shape(Path(source)) or WHOLE
   shape = Shape(_widths(params, model), began.gathers)
@@ -192,7 +194,7 @@ def kept_shape(workdir: Path) -> Shape | None:
   path = workdir / _SHAPE
   try:
     return compact.decode(json.loads(path.read_text())) if path.exists() else None
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+  except (OSError, *compact.NO_SHAPE) as e:
     raise UserError(f'cannot read {path}: {e}; start the run again') from None
 
 
@@ -201,8 +203,17 @@ def _read_file(path):
     if path.suffix == '.safetensors':
       return load_file(path)
     with path.open('rb') as file, np.load(file) as content:
-      return dict(content)
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as e:
+      return {name: np.asarray(x) for name, x in content.items()}
+  except (
+    OSError,
+    ValueError,
+    TypeError,  # of a single array, not an archive
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    SafetensorError,
+    AttributeError,  # of safetensors, for float8, which NumPy does not have
+  ) as e:
     raise UserError(f'initial={path}: not readable ({e})') from None
 
 
@@ -225,6 +236,10 @@ def _from_torch(source, arrays, model):
       if leaf != 'num_batches_tracked':
         skipped.append(name)
       continue
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+      raise UserError(
+        f'initial={source}: {name} is {array.dtype}; weights have to be floating-point'
+      )
     kind, ours_leaf = _LEAVES[leaf]
     if array.ndim == 4:
       ours_leaf, array = 'kernel', array.transpose(2, 3, 1, 0)

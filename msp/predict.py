@@ -22,7 +22,7 @@ from PIL import Image
 from data.errors import DataError
 from data.files import read_image, read_size, resize_label, write_atomically
 from data.progress import progress_bar
-from msp.errors import UserError
+from msp.errors import UserError, one_line
 from msp.figures import class_colors
 
 logger = logging.getLogger(__name__)
@@ -61,11 +61,16 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
     raise UserError(
       f'no exported network in {exported} ({e}); make one with --mode export'
     ) from None
+  outputs = jax.tree.unflatten(network.out_tree, network.out_avals)
+  if kinds.keys() != outputs.keys():
+    raise UserError(
+      f'{exported / "model_card.json"} is of another network: it names '
+      f'{", ".join(kinds)}, the network has {", ".join(outputs)}; export it again'
+    )
   if target.resolve() == pictures.resolve():
     raise UserError(f'{target} holds the pictures; name another folder for the answers')
   try:
     files = sorted(path for path in pictures.iterdir() if path.is_file())
-    target.mkdir(parents=True, exist_ok=True)
     rows, skipped = [], 0
     size = network.in_avals[0].shape[1:3]
     attributes = [name for name, kind in kinds.items() if kind == 'attribute']
@@ -77,6 +82,7 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
         continue
       images = np.stack([image for _, image in good]).astype(np.float32) / 255
       predictions = jax.device_get(network.call(images))
+      target.mkdir(parents=True, exist_ok=True)
       for i, (path, _) in enumerate(good):
         for name, kind in kinds.items():
           if kind != 'attribute':
@@ -91,7 +97,7 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
       csv.writer(text).writerows([['picture', *attributes], *rows])
       write_atomically(target / 'attributes.csv', text.getvalue().encode())
   except OSError as e:
-    raise UserError(f'{e.filename or target}: {e.strerror}') from None
+    raise UserError(one_line(e)) from None
   return len(rows), skipped
 
 

@@ -155,11 +155,11 @@ def read(workdir: Path) -> Log:
       return function(workdir / name)
     except FileNotFoundError:
       missing.append(f'<code>{name}</code> is not there')
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except _DAMAGED:
       missing.append(f'<code>{name}</code> cannot be read')
     return otherwise
 
-  config = load('config.json', lambda p: json.loads(p.read_text()), {})
+  config = load('config.json', _config, {})
   layers = load('groups.json', _layers, [])
   image, panels = load('predictions.npz', _panels, (None, []))
   split = lambda name: [row for row in rows if row['split'] == name]
@@ -178,6 +178,22 @@ def read(workdir: Path) -> Log:
     panels,
     missing,
   )
+
+
+_DAMAGED = (
+  OSError,
+  ValueError,
+  LookupError,
+  TypeError,
+  AttributeError,
+  EOFError,
+  zipfile.BadZipFile,
+)
+
+
+def _config(path):
+  config = json.loads(path.read_text())
+  return {**config} | {name: {**config.get(name, {})} for name in ('data', 'train')}
 
 
 def _layers(path):

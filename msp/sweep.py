@@ -21,7 +21,7 @@ import data
 from msp import figures, report, train, writer
 from msp import tasks as task_module
 from msp import workdir as workdir_module
-from msp.errors import UserError
+from msp.errors import UserError, one_line
 from msp.metrics import delta_m
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,14 @@ def check(sweep: ConfigDict) -> None:
   names = [entry.name for entry in sweep.runs]
   if not names or not sweep.seeds:
     raise UserError(f'sweep {sweep.name} has no {"seeds" if names else "runs"}')
+  if sweep.steps < 0:
+    raise UserError(
+      f'steps of sweep {sweep.name} is {sweep.steps}; it has to be at least 1, or 0 '
+      f'for those of its runs'
+    )
+  for seed in sweep.seeds:
+    if not (isinstance(seed, int) and 0 <= seed < 2**31):
+      raise UserError(f'seed {seed!r} of sweep {sweep.name} is not in [0, 2^31)')
   if len({_slug(name) for name in names}) < len(names):
     raise UserError(f'two runs of sweep {sweep.name} would have one work directory')
   for position, entry in enumerate(sweep.runs):
@@ -168,16 +176,25 @@ def _run(sweep, entry, seed, workdir, failures, skip_corrupt) -> Result:
   config = configuration(sweep, entry, seed, workdir)
   place = folder(workdir, entry.name, seed)
   rows = trained(config, place, adapt=entry.adapt, skip_corrupt=skip_corrupt)
+  path = place / 'groups.json'
   try:
-    layers = json.loads((place / 'groups.json').read_text())['layers']
+    layers = {
+      layer['name']: float(np.mean(layer['alive']))
+      for layer in json.loads(path.read_text())['layers']
+    }
   except FileNotFoundError:  # groups of single weights
-    layers = []
+    layers = {}
+  except (ValueError, LookupError, TypeError) as e:
+    raise UserError(
+      f'{path} is damaged ({e}); remove {report.path(place)}, and the same command '
+      f'writes both again'
+    ) from None
   (place / 'error.txt').unlink(missing_ok=True)  # of an earlier attempt
   return Result(
     config,
     _make_tasks(config),
     rows,
-    {layer['name']: float(np.mean(layer['alive'])) for layer in layers},
+    layers,
   )
 
 
@@ -210,6 +227,8 @@ def _failure(error, place):
   """The reason in a line; what nobody foresaw leaves its traceback in a file."""
   if isinstance(error, UserError | data.DataError | FloatingPointError):
     return str(error)
+  if isinstance(error, OSError):
+    return one_line(error)
   place.mkdir(parents=True, exist_ok=True)
   text = ''.join(traceback.format_exception(error))
   workdir_module.write(place / 'error.txt', lambda f: f.write(text.encode()))

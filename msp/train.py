@@ -186,7 +186,12 @@ def build(
     lambda_max = gr.lambda_max(groups, gradients)
     if len(groups.names) == 1:
       lambda_max = lambda_max[0]
-    relative = sparsity.start if learned else sparsity.value / lambda_max
+    if learned:
+      relative = sparsity.start
+    else:
+      # Without a gradient at the start a layer has no scale; its λ is `value` too.
+      lambda_max = jnp.where(lambda_max > 0, lambda_max, sparsity.value)
+      relative = sparsity.value / lambda_max
     rho = jnp.log(jnp.broadcast_to(relative, lambda_max.shape))
     state = state._replace(rho=rho, lambda_max=lambda_max)
     if learned:
@@ -380,6 +385,8 @@ def _check(config):
 
 
 def _weights(config):
+  if not all(isinstance(weight, int | float) for weight in config.loss.weights):
+    raise UserError(f'loss.weights is {config.loss.weights}; it has to be numbers')
   return dict(zip(config.tasks, config.loss.weights, strict=False))
 
 
@@ -601,16 +608,16 @@ def train(
   logger.info('work directory: %s', workdir)
   with Checkpoints(workdir) as checkpoints:
     feed = run.feed()
-    latest = checkpoints.latest_step()
+    latest = _newest(checkpoints, run)
     if latest is None:
-      state, progress = run.initial_state(), Progress()
+      step, state, progress = 0, run.initial_state(), Progress()
     else:
-      state, meta = checkpoints.restore(latest, run.initial_state(abstract=True))
+      step, (state, meta) = latest
       feed.set_state(meta['data'])
       progress = Progress(**meta['progress'])
-      logger.info('going on from step %d', latest)
+      logger.info('going on from step %d', step)
     first = processes.is_first()
-    with MetricWriter(workdir, latest or 0) if first else SilentWriter() as writer:
+    with MetricWriter(workdir, step) if first else SilentWriter() as writer:
       if int(state.step) < config.train.steps and not progress.stopped:
         state, progress = _loop(run, state, progress, feed, checkpoints, writer)
       _finish(run, workdir, state, checkpoints, writer)
@@ -706,12 +713,18 @@ def _trained(config, workdir, devices):
     )
   run = _open(config, devices, workdir)
   processes.first_does(lambda: workdir_module.claim(workdir, config))
-  with Checkpoints(workdir) as checkpoints:
-    latest = checkpoints.latest_step()
-    if latest is None:
-      raise UserError(f'no complete checkpoint in {workdir / "checkpoints"}')
-    state, _ = checkpoints.restore(latest, run.initial_state(abstract=True))
-  return run, state, latest
+  with Checkpoints(workdir, read_only=True) as checkpoints:
+    latest = _newest(checkpoints, run)
+  if latest is None:
+    raise UserError(f'no complete checkpoint in {workdir / "checkpoints"}')
+  step, (state, _) = latest
+  return run, state, step
+
+
+def _newest(checkpoints, run):
+  return checkpoints.newest(
+    lambda step: checkpoints.restore(step, run.initial_state(abstract=True))
+  )
 
 
 def compact_run(
@@ -998,6 +1011,12 @@ def _open(config, devices, workdir, *, skip_corrupt=False) -> Run:
   if not processes.is_first():  # finds it done, or has a disk of its own
     prepare(config, skip_corrupt=skip_corrupt)
   parts = splits(config)
+  # A train_share may be smaller than a batch, which then has some images twice.
+  if config.train.batch_size > parts.train.stored:
+    raise UserError(
+      f'train.batch_size is {config.train.batch_size}, more than the '
+      f'{parts.train.stored} images of the train split; choose a smaller one'
+    )
   own = parts.train if config.sparsity.learn_on == 'query' else parts.hold_out
   hold_out_images = 1 if own is None else len(own)
   experiment = build(config, labels, hold_out_images, workdir)
@@ -1197,10 +1216,10 @@ class Monitor:
         f'step {step}: the gradient of {self._leaves[leaf]} is not finite '
         f'(loss {float(metrics["loss"])})'
       )
-    for name in ('loss', 'hold_out_loss', 'hypergradient', 'violation'):
-      value = np.asarray(metrics.get(name, 0.0))
-      if not np.isfinite(value).all():
-        raise FloatingPointError(f'step {step}: {name} is {value}')
+    for name in ('loss', 'hold_out_loss', 'hypergradient', 'violation', 'lambda'):
+      values = np.atleast_1d(metrics.get(name, 0.0))
+      if (wrong := values[~np.isfinite(values)]).size:
+        raise FloatingPointError(f'step {step}: {name} is {wrong[0]}')
     if metrics.get('restored', False) and step == self._search:
       logger.info(
         'step %d: λ/λ_max is %.2g after the search for it; training goes on from the '

@@ -499,23 +499,39 @@ def build(
     `optax.chain` of them.
 
   Raises:
-    UserError: no entry, unknown name, or arguments it does not take; differentiated
-      without eps_root.
+    UserError: no entry, unknown name, arguments it does not take, or a transform that
+      needs more than gradients and parameters; differentiated without eps_root.
   """
   if not entries:
     raise UserError(f'{where} is empty; name at least one transform')
-  return optax.chain(
+  chain = optax.chain(
     *(_resolve(dict(entry), where, differentiated) for entry in entries)
   )
+  params = {'kernel': jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+  try:  # a step of any shape tells
+    state = jax.eval_shape(chain.init, params)
+    jax.eval_shape(chain.update, params, state, params)
+  except _WRONG_ARGUMENTS as e:
+    names = ', '.join(str(entry['name']) for entry in entries)
+    raise UserError(
+      f'{where}: {names} cannot make a step from gradients and parameters alone, or '
+      f'an argument is of the wrong type: {_line(e)}'
+    ) from None
+  return chain
 
 
 def step_size(learning_rate: Any, where: str) -> optax.ScalarOrSchedule:
   """A number as it is; a mapping (name='cosine_decay_schedule', …) as a schedule.
 
   Raises:
-    UserError: unknown schedule, or arguments it does not take.
+    UserError: neither of them; unknown schedule, or arguments it does not take.
   """
   if not hasattr(learning_rate, 'items'):  # a ConfigDict is no Mapping
+    if not isinstance(learning_rate, int | float):
+      raise UserError(
+        f'{where}: learning_rate is {learning_rate!r}; it has to be a number, or a '
+        f"schedule such as dict(name='cosine_decay_schedule', …)"
+      )
     return learning_rate
   entry = dict(learning_rate)
   name = entry.pop('name', None)
@@ -552,13 +568,21 @@ def metric(entry: Mapping[str, Any], where: str) -> dict[str, float]:
   return {name: values[name] for name in ('b2', 'eps', 'eps_root') if name in values}
 
 
+# What the functions of optax raise on arguments that they do not check.
+_WRONG_ARGUMENTS = (TypeError, ValueError, LookupError, AttributeError)
+
+
+def _line(error):
+  return ' '.join(str(error).split())
+
+
 def _call(factory, name, arguments, where):
   try:
     return factory(**arguments)
-  except TypeError as e:
+  except _WRONG_ARGUMENTS as e:
     takes = ', '.join(inspect.signature(factory).parameters)
     raise UserError(
-      f'{where}: {name} cannot take {arguments}: {e}; it takes {takes}'
+      f'{where}: {name} cannot take {arguments}: {_line(e)}; it takes {takes}'
     ) from None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from msp import groups as gr
-from msp.errors import UserError
+from msp.errors import UserError, naming
 from msp.tasks import Task
 
 
@@ -32,8 +32,8 @@ def check(workdir: Path, config: ConfigDict) -> None:
   if not path.exists():
     return
   try:
-    own = json.loads(path.read_text())
-  except (OSError, ValueError) as e:
+    own = {**json.loads(path.read_text())}
+  except (OSError, ValueError, TypeError) as e:
     raise UserError(
       f'cannot read {path}: {e}; choose another directory with --workdir, or '
       f'remove this one'
@@ -92,8 +92,12 @@ def _differences(old: Any, new: Any, prefix: str = '') -> Iterator[str]:
 def write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
   """Writes a file so that a kill leaves the old content or the new one."""
   temporary = path.with_name(f'.{path.name}.tmp')
-  with temporary.open('wb') as f:
-    fill(f)
+  try:
+    with naming(path), temporary.open('wb') as f:
+      fill(f)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
   temporary.replace(path)
 
 

@@ -2,13 +2,17 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 
-from msp.errors import UserError
+from msp.errors import UserError, naming
 from msp.workdir import write
 
 METRICS = 'metrics.jsonl'
@@ -44,9 +48,13 @@ class MetricWriter:
       ]
     write(path, lambda f: f.write(''.join(kept).encode()))
     self._file = path.open('a')
-    self._board = tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'), purge_step=resume_step + 1
-    )
+    self._board = workdir / 'tensorboard'
+    self._board.mkdir(exist_ok=True)
+    # Not a SummaryWriter: its thread dies of a full disk, and then it waits for ever.
+    with naming(self._board):
+      self._events = EventsWriter(str(self._board / 'events'))
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._event(resume_step + 1, session_log=start)  # purges what came later
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Adds one row and flushes it.
@@ -56,18 +64,27 @@ class MetricWriter:
         NaN and ±∞ are written as null: JSON has no word for them.
     """
     row = _plain(row)
-    self._file.write(json.dumps(row, allow_nan=False) + '\n')
-    self._file.flush()
-    for name, value in _flat(row['split'], row):
-      if isinstance(value, int | float):
-        self._board.add_scalar(name, value, row['step'])
+    with naming(Path(self._file.name)):
+      self._file.write(json.dumps(row, allow_nan=False) + '\n')
+      self._file.flush()
+    with naming(self._board):
+      for name, value in _flat(row['split'], row):
+        if isinstance(value, int | float):
+          self._event(row['step'], summary=scalar(name, value))
+      if row['split'] != 'train':
+        self._events.flush()
+
+  def _event(self, step, **content):
+    event = event_pb2.Event(wall_time=time.time(), step=step, **content)
+    self._events.write_event(event)
 
   def __enter__(self):
     return self
 
   def __exit__(self, *_):
-    self._file.close()
-    self._board.close()
+    log = naming(Path(self._file.name))
+    with naming(self._board), closing(self._events), log:
+      self._file.close()
 
 
 class SilentWriter:
@@ -96,11 +113,16 @@ def read(path: Path) -> list[dict[str, Any]]:
       row = json.loads(line)
     except ValueError:
       row = None
-    if isinstance(row, dict) and {'split', 'step'} <= row.keys():
+    if isinstance(row, dict) and _is_row(**row):
       rows.append(row)
     elif number < len(lines):
       raise UserError(f'{path}, line {number}: not a row of metrics; remove the line')
   return rows
+
+
+def _is_row(split=None, step=None, **values):
+  plain = all(isinstance(x, int | float | dict | None) for x in values.values())
+  return isinstance(split, str) and isinstance(step, int) and plain
 
 
 def _lines(path):

@@ -253,10 +253,15 @@ def test_folding_and_files(tmp_path):
     read(tmp_path / 'plain', other)
   with pytest.raises(UserError, match='no compact network in'):
     read(tmp_path / 'nothing', model)
-  for damage in ('', '{}', '[]'):
+  lists = '{"widths": {}, "gathers": [], "folded": false}'
+  words = '{"widths": {"stem": "wide"}, "gathers": {}, "folded": false}'
+  for damage in ('', '{}', '[]', lists, words):
     (tmp_path / 'plain' / 'shape.json').write_text(damage)
     with pytest.raises(UserError, match='no compact network in'):
       read(tmp_path / 'plain', model)
+  np.savez(tmp_path / 'folded' / 'arrays.npz', weight=np.array(['one']))
+  with pytest.raises(UserError, match=r'no compact network in .*weight is <U3'):
+    read(tmp_path / 'folded', model)
   (tmp_path / 'folded' / 'arrays.npz').write_bytes(b'')
   with pytest.raises(UserError, match='no compact network in'):
     read(tmp_path / 'folded', model)

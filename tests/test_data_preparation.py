@@ -1,6 +1,7 @@
 """`prepare`: complete or nothing, resumable, and clear about bad input."""
 
 import concurrent.futures
+import io
 import itertools
 import json
 import logging
@@ -46,6 +47,12 @@ def fails(source, tmp_path, *words, **kwargs):
   for word in words:
     assert str(word) in message
   return message
+
+
+def npy():
+  content = io.BytesIO()
+  np.save(content, np.zeros(3))
+  return content.getvalue()
 
 
 def test_records_are_those_of_the_files(source, tmp_path):
@@ -260,6 +267,22 @@ def test_killed_build_leaves_nothing_under_the_final_name(
   assert prepare(source, tmp_path).exists()
 
 
+@pytest.mark.parametrize('content', [b'', b'PK\x03\x04 half', npy()])
+def test_damaged_block_is_named(source, tmp_path, monkeypatch, content):
+  def dies(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(preparation._Preparation, 'build', dies)
+  with pytest.raises(KeyboardInterrupt):
+    prepare(source, tmp_path)
+  monkeypatch.undo()
+  block = next((tmp_path / 'out').rglob('*.npz'))
+  block.write_bytes(content)
+  fails(source, tmp_path, f'{block} is damaged', 'remove it and run the same command')
+  block.unlink()
+  prepare(source, tmp_path)
+
+
 def test_changed_source_is_refused(source, tmp_path):
   folder = prepare(source, tmp_path)
   other = tmp_path / 'other'
@@ -278,7 +301,7 @@ def test_other_version_is_refused(source, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'damage', ['truncated', 'missing', 'summary', 'count', 'order']
+  'damage', ['truncated', 'missing', 'summary', 'list', 'count', 'order', 'number']
 )
 def test_damaged_set_is_refused(source, tmp_path, damage):
   folder = prepare(source, tmp_path)
@@ -290,10 +313,14 @@ def test_damaged_set_is_refused(source, tmp_path, damage):
     records.unlink()
   elif damage == 'summary':
     summary.write_text('{"images"')
+  elif damage == 'list':
+    summary.write_text('[]')
   else:
     content = json.loads(summary.read_text())
     if damage == 'count':
       content['names']['val'].pop()
+    elif damage == 'number':
+      content['names']['train'][3] = 3
     else:
       content['names']['val'].reverse()
     summary.write_text(json.dumps(content))

@@ -191,12 +191,22 @@ def test_what_cannot_be_predicted(exported, tmp_path):
     (damaged / 'model.stablehlo').write_bytes(other)
     with pytest.raises(UserError, match='no exported network in'):
       predict_folder(damaged, empty, tmp_path / 'out')
+  (damaged / 'model_card.json').write_text(card.replace('"smiling"', '"frowning"'))
+  (damaged / 'model.stablehlo').write_bytes(content)
+  with pytest.raises(UserError, match=r'is of another network: .*frowning.*smiling'):
+    predict_folder(damaged, empty, tmp_path / 'out')
   with pytest.raises(UserError, match='name another folder for the answers'):
     predict_folder(exported, empty, empty)
   with pytest.raises(UserError, match='nowhere: No such file'):
     predict_folder(exported, tmp_path / 'nowhere', tmp_path / 'out')
   with pytest.raises(UserError, match='no readable picture among the 0 files'):
     predict_folder(exported, empty, tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
+  (empty / 'picture.png').write_bytes(b'no picture')
+  with pytest.raises(UserError, match='no readable picture among the 1 files'):
+    predict_folder(exported, empty, tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
+  Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(empty / 'picture.png')
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match='file'):
     predict_folder(exported, empty, tmp_path / 'file' / 'below')

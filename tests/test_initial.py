@@ -1,5 +1,7 @@
 """Initial weights from compact networks, runs and PyTorch files."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -244,6 +246,30 @@ def test_what_cannot_be_begun_with(tmp_path):
   np.savez(tmp_path / 'other.npz', weight=np.zeros(3))
   with pytest.raises(UserError, match='no ResNet in it'):
     read(str(tmp_path / 'other.npz'), model)
+  kernel = 'layer1.0.conv1.weight'
+  for values in (np.full((8, 8, 3, 3), 'x'), np.ones((8, 8, 3, 3), np.int8)):
+    np.savez(tmp_path / 'other.npz', **{kernel: values})
+    with pytest.raises(UserError, match=f'{kernel} is .*; weights have to be float'):
+      read(str(tmp_path / 'other.npz'), model)
+  np.savez(tmp_path / 'other.npz', **{kernel: np.array([None])})
+  with pytest.raises(UserError, match=r'other\.npz: not readable \(Object arrays'):
+    read(str(tmp_path / 'other.npz'), model)
+  with (tmp_path / 'other.npz').open('wb') as file:
+    np.save(file, np.zeros(3))
+  with pytest.raises(UserError, match=r'other\.npz: not readable'):
+    read(str(tmp_path / 'other.npz'), model)
+  np.savez_compressed(tmp_path / 'other.npz', **{kernel: np.random.rand(30, 30)})
+  content = bytearray((tmp_path / 'other.npz').read_bytes())
+  content[80:90] = b'\xff' * 10
+  (tmp_path / 'other.npz').write_bytes(content)
+  with pytest.raises(UserError, match=r'other\.npz: not readable'):
+    read(str(tmp_path / 'other.npz'), model)
+  header = {kernel: {'dtype': 'F8_E4M3', 'shape': [1], 'data_offsets': [0, 1]}}
+  header = json.dumps(header).encode()
+  eighth = tmp_path / 'eighth.safetensors'
+  eighth.write_bytes(len(header).to_bytes(8, 'little') + header + b'0')
+  with pytest.raises(UserError, match=r'eighth\.safetensors: not readable'):
+    read(str(eighth), model)
   squeezed = {'layer1.0.conv1.weight': np.zeros((8, 8, 3, 3))}
   np.savez(tmp_path / 'se.npz', **squeezed, **{'layer1.0.se.fc1.weight': np.zeros(3)})
   with pytest.raises(UserError, match=r'layer1\.0\.se\.fc1\.weight has no counterpart'):

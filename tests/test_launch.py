@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from configs import common
 from data import DataError
 from msp import train, workdir
 from msp.checkpoint import Checkpoints
-from msp.errors import UserError
+from msp.errors import UserError, one_line
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {
@@ -130,6 +131,14 @@ ADAM = [ConfigDict({'name': 'adam', 'learning_rate': 0.1})]
 MOMENTUM = [ConfigDict({'name': 'sgd', 'learning_rate': 0.1, 'momentum': 0.9})]
 COSINE = {'name': 'cosine_decay_schedule', 'init_value': 0.1, 'decay_steps': 9}
 SCHEDULED = [ConfigDict({'name': 'sgd', 'learning_rate': COSINE})]
+WARM_UP = {'name': 'warmup_cosine_decay_schedule', 'init_value': 0.0}
+WARM_UP |= {'peak_value': 0.1, 'warmup_steps': 9, 'decay_steps': 5}
+
+
+def adamw(**fields):
+  return [ConfigDict({'name': 'adamw', 'learning_rate': 0.1} | fields)]
+
+
 MISTAKES = [
   ({'tasks': ('segmentation', 'mael')}, "unknown task 'mael'; did you mean 'male'"),
   ({'tasks': ()}, 'no tasks given'),
@@ -152,6 +161,12 @@ MISTAKES = [
     {'optimizer': [ConfigDict({'name': 'adam', 'learning_rat': 0.1})]},
     'cannot take',
   ),
+  ({'optimizer': adamw(learning_rate='fast')}, "learning_rate is 'fast'; it has to be"),
+  ({'optimizer': adamw(learning_rate=None)}, 'learning_rate is None; it has to be'),
+  ({'optimizer': adamw(learning_rate=WARM_UP)}, 'warmup_cosine_decay_schedule cannot'),
+  ({'optimizer': adamw(weight_decay='much')}, 'an argument is of the wrong type'),
+  ({'optimizer': adamw(name='lbfgs')}, 'optimizer: lbfgs cannot make a step from'),
+  ({'sparsity.optimizers.holdout': adamw(name='lbfgs')}, 'holdout: lbfgs cannot make'),
   ({'optimizer': SGD}, 'needs an inner transform with one second moment'),
   (
     {'meta.optimizer': [ConfigDict({'name': 'scale', 'step_size': -0.1})]},
@@ -182,6 +197,10 @@ MISTAKES = [
   ({'meta.unroll': 'maybe'}, "meta.unroll is 'maybe'; known: auto, yes, no"),
   ({'loss.combination': 'mean'}, "unknown combination of losses 'mean'"),
   ({'loss.combination': 'fixed'}, "no weight for task 'segmentation'"),
+  (
+    {'loss.combination': 'fixed', 'loss.weights': ('1', '2')},
+    r"loss.weights is \('1', '2'\); it has to be numbers",
+  ),
   ({'loss.resolution': 'half'}, "unknown loss_resolution 'half'"),
   (
     {'sparsity.penalty': 'lasso'},
@@ -271,6 +290,137 @@ def test_the_best_checkpoint_survives_a_restart(tmp_path):
     assert checkpoints.best_step() == 4
     assert checkpoints.restore(4, state)[1] == {'step': 4}
   assert {p.name for p in folder.iterdir()} == {'4', '8', '10'}
+
+
+STATE = {'params': {'conv': jnp.ones((30, 4)), 'bias': jnp.arange(4.0)}}
+
+
+def two_checkpoints(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(2, STATE, {'step': 2}, 0.5)
+    checkpoints.save(4, STATE, {'step': 4}, 0.6)
+  return tmp_path / 'checkpoints'
+
+
+@pytest.mark.parametrize(
+  ('name', 'content'),
+  [
+    ('state/_METADATA', None),
+    ('state/_METADATA', b'{"tree_metadata": {'),
+    ('state/array_metadatas/process_0', b'\xff'),
+    ('state/manifest.ocdbt', b''),
+    ('state/d/*', b'1234567890'),
+    ('meta/metadata', b''),
+    ('meta/metadata', None),
+  ],
+)
+def test_an_older_checkpoint_in_place_of_a_damaged_one(tmp_path, caplog, name, content):
+  folder = two_checkpoints(tmp_path)
+  (path,) = (folder / '4').glob(name)
+  path.unlink() if content is None else path.write_bytes(content)
+  with Checkpoints(tmp_path) as checkpoints:
+    step, (state, meta) = checkpoints.newest(lambda s: checkpoints.restore(s, STATE))
+    assert step == 2
+    assert meta == {'step': 2}
+    jax.tree.map(np.testing.assert_array_equal, state, STATE)
+    assert f'checkpoint {folder / "4"} is damaged' in caplog.text
+    assert 'delete it. Going on with that of step 2' in caplog.text
+    assert (folder / '4').exists()  # whoever only reads leaves it
+    for step in (3, 4):
+      checkpoints.save(step, STATE, {'step': step}, 0.4)
+    assert checkpoints.best_step() == 2
+    assert checkpoints.restore(4, STATE)[1] == {'step': 4}
+  assert {p.name for p in folder.iterdir()} == {'2', '3', '4', '4.damaged'}
+
+
+def test_nothing_but_damaged_checkpoints(tmp_path):
+  folder = two_checkpoints(tmp_path)
+  for step in '24':
+    (folder / step / 'state' / 'manifest.ocdbt').write_bytes(b'')
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    for read in (checkpoints.restore_any, lambda s: checkpoints.restore(s, STATE)):
+      with pytest.raises(UserError) as caught:
+        checkpoints.newest(read)
+      assert str(caught.value).startswith(f'checkpoint {folder / "4"} is damaged (')
+      assert str(caught.value).endswith('): delete it')
+      assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{}', '{"score": null, "step": 4}'])
+def test_a_damaged_score_does_not_count(tmp_path, caplog, content):
+  folder = two_checkpoints(tmp_path)
+  path = folder / '4' / 'metrics' / 'metrics'
+  path.write_text(content)
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:  # may not mend it
+    assert checkpoints.newest(checkpoints.restore_any)[0] == (4 if content else 2)
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.newest(checkpoints.restore_any)[0] == 4
+    assert checkpoints.best_step() == 2
+    checkpoints.save(6, STATE, {}, 0.4)
+    assert checkpoints.best_step() == 2
+  assert f'{path} is damaged' in caplog.text
+
+
+def test_orbax_does_not_add_words_of_its_own(tmp_path):
+  folder = two_checkpoints(tmp_path / 'old')
+  content = '{"tasks": ["male"], "data": {"name": "celebamask_hq"}}'
+  (tmp_path / 'old' / 'config.json').write_text(content)
+  for step in '24':
+    (folder / step / '_CHECKPOINT_METADATA').write_bytes(b'')
+    (folder / step / 'state' / 'manifest.ocdbt').write_bytes(b'')
+  line = last_line(
+    *launch(
+      tmp_path,
+      f'--config={ROOT / "configs/celeba_meta.py"}:procedural,tiny',
+      '--config.initial=old',
+      '--mode=adapt',
+    )
+  )
+  assert f'checkpoint {folder / "4"} is damaged' in line
+  assert {path.name for path in tmp_path.iterdir()} == {'old'}
+
+
+def test_a_disk_that_is_full_at_a_checkpoint(tmp_path):
+  folder = two_checkpoints(tmp_path)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with Checkpoints(tmp_path) as checkpoints:
+    large = {'x': jax.random.normal(jax.random.key(0), (100, 100))}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as full as it gets
+    try:
+      with pytest.raises(OSError, match='File too large') as caught:
+        checkpoints.save(6, large, {}, 0.5)
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert caught.value.filename == str(folder)
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest_step() == 4
+    checkpoints.save(6, large, {}, 0.5)
+    assert checkpoints.latest_step() == 6
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+  full = tmp_path / 'runs' / 'report' / '.losses.png.tmp'
+  full.parent.mkdir(parents=True)
+  full.symlink_to('/dev/full')
+  (tmp_path / 'runs' / 'metrics.jsonl').write_text(
+    '{"split": "train", "step": 1, "loss": 0.5}\n'
+  )
+  config = ('--config', ROOT / 'configs/celeba_meta.py')
+  line = last_line(*launch(tmp_path, *config, '--workdir=runs', '--mode=report'))
+  assert line == 'error: runs/report/losses.png: No space left on device'
+  assert list(full.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  ('error', 'line'),
+  [
+    (OSError(28, 'No space left', 'a/b'), 'a/b: No space left'),
+    (OSError(28, 'No space left'), 'No space left'),
+    (OSError('cannot read\nthe header'), 'OSError: cannot read the header'),
+  ],
+)
+def test_what_the_operating_system_says_in_one_line(error, line):
+  assert one_line(error) == line
 
 
 def test_evaluating_what_was_never_trained(tmp_path):

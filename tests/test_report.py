@@ -243,6 +243,22 @@ def test_killed_after_one_row(tmp_path):
     assert part in text, part
 
 
+@pytest.mark.parametrize(
+  ('name', 'content'),
+  [
+    ('config.json', '[]'),
+    ('config.json', '{"data": 3}'),
+    ('groups.json', 'null'),
+    ('groups.json', '{"layers": [3]}'),
+  ],
+)
+def test_what_is_not_what_it_should_be(tmp_path, name, content):
+  make_run(tmp_path)
+  (tmp_path / name).write_text(content)
+  drawn = [n for n in EVERY if n != 'groups' or name != 'groups.json']
+  assert f'{name} cannot be read' in check(tmp_path, drawn)
+
+
 def test_evaluation_only(tmp_path):
   row = {'split': 'test', 'step': 9, **evaluation(1)}
   (tmp_path / 'metrics.jsonl').write_text(json.dumps(row))

@@ -224,6 +224,26 @@ def test_runs_on_another_data_set_are_not_compared(tmp_path, trained):
   assert row['Δm % mean'] == row['steps to alone mean'] == ''
 
 
+def test_a_full_disk_is_no_defect(tmp_path, trained):
+  trained[1]['sparse', 0] = OSError(28, 'No space left on device', 'groups.json')
+  with pytest.raises(UserError, match=r'seed 0: groups\.json: No space left'):
+    sweep.run(make(), tmp_path)
+  assert not list(tmp_path.rglob('error.txt'))
+
+
+def test_damaged_groups_are_named(tmp_path, trained):
+  sweep.run(make(), tmp_path)
+  place = sweep.folder(tmp_path, 'alone', 0)
+  (place / 'groups.json').write_text('null')
+  with pytest.raises(
+    UserError, match=r'2 of 4.*groups\.json is damaged .*/index\.html'
+  ):
+    sweep.run(make(), tmp_path)
+  assert not (place / 'error.txt').exists()
+  (place / 'report' / 'index.html').unlink()
+  sweep.run(make(), tmp_path)
+
+
 def test_other_settings_do_not_pass_for_the_old_ones(tmp_path, trained):
   sweep.run(make(), tmp_path)
   with pytest.raises(
@@ -255,6 +275,9 @@ def change(made, i, **values):
   ('spoil', 'message'),
   [
     (lambda s: s.update(seeds=()), 'trial has no seeds'),
+    (lambda s: s.update(seeds=(0, -1)), r'seed -1 of sweep trial is not in \[0, 2\^31'),
+    (lambda s: s.update(seeds=(0.5,)), r'seed 0\.5 of sweep trial is not in'),
+    (lambda s: s.update(steps=-1), 'steps of sweep trial is -1; .* at least 1, or 0'),
     (lambda s: s.runs.clear(), 'trial has no runs'),
     (lambda s: change(s, 0, start='sparse'), "starts from 'sparse'.* not a run before"),
     (lambda s: change(s, 1, name='alone'), 'two runs .* one work directory'),
@@ -262,6 +285,7 @@ def change(made, i, **values):
     (lambda s: s.target.update(task='male'), "'alone' has no task male"),
   ],
 )
+@pytest.mark.usefixtures('trained')  # or what passes by mistake would train
 def test_impossible_sweeps(tmp_path, spoil, message):
   made = make()
   spoil(made)

@@ -178,6 +178,16 @@ def test_latest_two_checkpoints_and_the_best_are_kept(finished):
   assert kept - {4, 6} <= {max(scores, key=scores.get)}
 
 
+def test_a_run_whose_newest_checkpoint_is_damaged(finished, faces, tmp_path, caplog):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished[0], workdir)
+  newest = workdir / 'checkpoints' / str(STEPS)
+  (newest / 'state' / 'manifest.ocdbt').write_bytes(b'')
+  run(config(faces), workdir)
+  assert f'checkpoint {newest} is damaged' in caplog.text
+  same_run(finished[0], workdir)
+
+
 class Killed(BaseException):
   """Stands for a kill: no handler may make anything of it."""
 
@@ -550,6 +560,46 @@ def test_a_network_that_becomes_its_twin_is_reported(caplog):
   assert '0.12' in in_vain.getMessage()
   assert planned.levelno == logging.INFO  # nothing is wrong
   assert planned.getMessage().startswith('step 8: λ/λ_max is 0.12 after the search')
+
+
+def test_a_batch_is_no_larger_than_the_data_set(faces, tmp_path):
+  c = config(faces)
+  stored = train.splits(c).train.stored
+  c.train.batch_size = stored + 2
+  with pytest.raises(
+    UserError, match=f'is {stored + 2}, more than the {stored} images'
+  ):
+    run(c, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+  c.train.batch_size = stored
+  c.data.train_share = 0.1  # the scarce settings of the sweeps
+  train._open(c, jax.devices()[:1], None)
+
+
+def test_a_fixed_coefficient_of_layers_without_a_gradient(faces):
+  """Heads of zeros let no gradient through to the backbone."""
+  overrides = {'coefficient': 'fixed', 'value': 1e-3, 'granularity': 'layer'}
+  overrides = {f'sparsity.{name}': value for name, value in overrides.items()}
+  c = config(faces, **overrides)
+  experiment = train.build(c, data.labels(c.data.name))
+  batch = {'image': jnp.ones((2, 16, 16, 3)), 'valid': jnp.ones(2, bool)}
+  batch |= {task: jnp.zeros(2, jnp.int32) for task in c.tasks}
+  shapes = jax.eval_shape(experiment.init, jax.random.key(0), batch).params
+  zeros = {
+    path: np.zeros(leaf.shape, np.float32)
+    for path, leaf in gr.by_path(shapes).items()
+    if path.startswith('heads/')
+  }
+  state = jax.jit(experiment.init)(jax.random.key(0), batch, (zeros, {}))
+  np.testing.assert_allclose(jnp.exp(state.rho) * state.lambda_max, 1e-3, rtol=1e-6)
+
+
+def test_a_coefficient_that_is_no_number_is_noticed():
+  params = {'backbone': {'a': {'kernel': np.ones((1, 1, 8, 4), np.float32)}}}
+  monitor = train.Monitor(0, gr.find(params), params)
+  metrics = {'nonfinite': -1, 'loss': 1.0, 'alive': [8]}
+  with pytest.raises(FloatingPointError, match=r'step 3: lambda is nan$'):
+    monitor.check(3, metrics | {'lambda': np.array([1, np.nan])})
 
 
 @pytest.mark.parametrize(('axis', 'noticed'), [('in', True), ('weight', False)])

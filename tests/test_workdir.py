@@ -55,9 +55,10 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     workdir.claim(tmp_path / 'file' / 'run', config())
 
 
-def test_a_damaged_configuration_is_named(tmp_path):
-  (tmp_path / 'config.json').write_text('{"name"')
-  with pytest.raises(UserError, match=r'config\.json'):
+@pytest.mark.parametrize('content', ['{"name"', '[]', 'null'])
+def test_a_damaged_configuration_is_named(tmp_path, content):
+  (tmp_path / 'config.json').write_text(content)
+  with pytest.raises(UserError, match=r'cannot read .*config\.json'):
     workdir.claim(tmp_path, config())
 
 

@@ -105,10 +105,45 @@ def test_a_new_run_starts_empty(tmp_path):
     assert lines(tmp_path) == []
 
 
-@pytest.mark.parametrize('damage', ['{"split": "tr', '[1, 2]', '{"step": 3}', ''])
+@pytest.mark.parametrize(
+  'damage',
+  [
+    '{"split": "tr',
+    '[1, 2]',
+    '{"step": 3}',
+    '',
+    '{"split": "val", "step": null}',
+    '{"split": 1, "step": 1}',
+    '{"split": "val", "step": 1, "loss": "high"}',
+  ],
+)
 def test_damage_before_the_last_line_is_an_error(tmp_path, damage):
   path = tmp_path / writer.METRICS
   path.write_text(f'{{"split": "train", "step": 1}}\n{damage}\n{{}}\n')
   with pytest.raises(UserError, match=r'metrics.jsonl, line 2: not a row'):
     writer.MetricWriter(tmp_path, resume_step=5)
   assert damage in path.read_text()
+
+
+def test_a_full_disk_does_not_stop_the_run_for_tensorboard(tmp_path):
+  with writer.MetricWriter(tmp_path, 0) as log:
+    events = log._events._py_recordio_writer
+    with open('/dev/full', 'wb', buffering=0) as full:
+      good, events._writer = events._writer, full
+      with pytest.raises(OSError, match='No space left') as caught:
+        log.write({'split': 'val', 'step': 1, 'loss': 0.5})
+      events._writer = good
+  assert caught.value.filename == str(tmp_path / 'tensorboard')
+
+
+def test_a_full_disk_names_the_log(tmp_path):
+  path = tmp_path / writer.METRICS
+  log = writer.MetricWriter(tmp_path, 0)
+  log._file.close()
+  path.unlink()
+  path.symlink_to('/dev/full')
+  log._file = path.open('a')
+  for step in (log.write, lambda _: log.__exit__()):
+    with pytest.raises(OSError, match='No space left') as caught:
+      step({'split': 'train', 'step': 1})
+    assert caught.value.filename == str(path)
