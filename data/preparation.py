@@ -47,6 +47,7 @@ from data.progress import progress_bar
 logger = logging.getLogger(__name__)
 
 BLOCK = 128
+STATED = 2048
 SUMMARY = 'prepared.json'
 BAD_FILES_IN_MESSAGE = 3
 
@@ -216,8 +217,9 @@ def read_summary(folder: Path) -> dict:
   """What `prepare` noted about a prepared data set.
 
   Returns:
-    `images` (number in the source), `left_out`, `stand_in` (settings of the
-    renderer, or None for real data) and `names` by split, in stored order.
+    `source`, its `images` (their number), `contents` and `times` (see `_state`),
+    `stand_in` (settings of the renderer, or None for real data), `left_out`, and
+    `names` by split, in stored order.
 
   Raises:
     DataError: the note is missing or unreadable.
@@ -265,6 +267,8 @@ class _Preparation:
     self.splits = splits
     self.progress = progress
     self.total = sum(map(len, splits.values()))
+    # Before anything is read: what changes from now on is another state.
+    self.state = _state(name, source, splits)
 
   def check(self) -> list[_Bad]:
     """Decodes all images into blocks; returns those that cannot be used."""
@@ -311,7 +315,8 @@ class _Preparation:
         download_config=tfds.download.DownloadConfig(manual_dir=self.source)
       )
     summary = {
-      'images': self.total,
+      'source': str(self.source.resolve()),
+      **self.state,
       'left_out': sorted(f'{split}/{name}' for split, name in left_out),
       'stand_in': stand_in.read(self.source),
       'names': {
@@ -361,11 +366,8 @@ class _Preparation:
     digest = hashlib.sha256()
     for entry in entries:
       digest.update(repr(entry).encode())
-      for file in data_set(self.name).files(entry):
-        with contextlib.suppress(FileNotFoundError):
-          status = file.stat()
-          stamp = (file.name, status.st_size, status.st_mtime_ns)
-          digest.update(repr(stamp).encode())
+      for path, *stamp in _stamps(self.name, entry):
+        digest.update(repr((path.name, *stamp)).encode())
     return self.work / f'{digest.hexdigest()[:32]}.npz'
 
 
@@ -448,11 +450,54 @@ def _verify(name: str, folder: Path, source: Path) -> None:
     ) from error
   # The source may have been removed once the data set was built.
   try:
-    images = sum(map(len, data_set(name).scan(source).values()))
-  except DataError:
+    splits = data_set(name).scan(source)
+  except DataError as error:
+    made_from = summary.get('source', 'another folder')
+    logger.warning('%s; what was prepared from %s is used', error, made_from)
     return
-  if images != summary['images'] or stand_in.read(source) != summary['stand_in']:
+  state = _state(name, source, splits)
+  if stand_in.read(source) != summary['stand_in'] or any(
+    state[key] != summary.get(key) for key in ('images', 'contents')
+  ):
     raise DataError(
-      f'prepared data set {folder} was built from {summary["images"]} images of'
-      f' another state of the source ({source} has {images} now); ' + _rebuild(folder)
+      f'prepared data set {folder} was built from {summary["images"]} images in'
+      f' {summary.get("source")}, and {source} with its {state["images"]} has other'
+      f' files or sizes; name the folder it was built from, or ' + _rebuild(folder)
     )
+  if state['times'] != summary['times']:
+    logger.warning(
+      'files in %s have been written since %s was built; if they changed, %s',
+      source,
+      folder,
+      _rebuild(folder),
+    )
+
+
+def _state(name: str, source: Path, splits: dict[str, list]) -> dict[str, int | str]:
+  """What tells a source from another one, without reading its files.
+
+  Names of all images; of the files of up to `STATED` of them, evenly spread, their
+  paths and sizes (`contents`) and when they were written (`times`): on a network disk
+  to ask for all of them takes minutes.
+  """
+  contents, times = hashlib.sha256(), hashlib.sha256()
+  total = sum(map(len, splits.values()))
+  for split, entries in splits.items():
+    contents.update(repr((split, [entry.name for entry in entries])).encode())
+    for entry in entries[:: -(-total // STATED)]:
+      for path, size, time in _stamps(name, entry):
+        contents.update(repr((os.path.relpath(path, source), size)).encode())
+        times.update(str(time).encode())
+  return {
+    'images': total,
+    'contents': contents.hexdigest(),
+    'times': times.hexdigest(),
+  }
+
+
+def _stamps(name: str, entry) -> Iterator[tuple[Path, int, int]]:
+  """(path, bytes, modification time in ns) of the files of an image that exist."""
+  for file in data_set(name).files(entry):
+    with contextlib.suppress(FileNotFoundError):
+      status = file.stat()
+      yield file, status.st_size, status.st_mtime_ns

@@ -111,15 +111,40 @@ def check(objective: Objective) -> None:
     raise UserError(
       f'sparsity.target is {objective.target}; the share to remove has to be in (0, 1)'
     )
-  if objective.tolerance < 0:
+  if not 0 <= objective.tolerance < math.inf:
     raise UserError(
       f'sparsity.tolerance is {objective.tolerance}; the allowed relative increase of '
-      f'the loss cannot be below 0'
+      f'the loss has to be a number of at least 0'
     )
   if objective.search < 0:
     raise UserError(
       f'sparsity.search gives {objective.search} steps; the share of the steps that '
       f'only search for λ cannot be below 0'
+    )
+
+
+def check_target(
+  objective: Objective, groups: gr.Groups, params: PyTree, min_alive: int
+) -> None:
+  """Raises UserError on a budget that the survival floor rules out.
+
+  Args:
+    objective: a budget.
+    groups: of `params`, a tree of arrays or their shapes.
+    params: of the network.
+    min_alive: groups of each layer that survive.
+  """
+  alive = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), params)
+  keep = {
+    layer: jnp.arange(mask.size).reshape(mask.shape) < min_alive
+    for layer, mask in gr.alive(groups, alive).items()
+  }
+  most = float(removed(objective, groups, gr.remove(groups, alive, keep)))
+  if objective.target > most:
+    raise UserError(
+      f'sparsity.target is {objective.target}, but of the {objective.measure} no more '
+      f'than {most:.3f} can go while sparsity.min_alive={min_alive} groups of each '
+      f'layer stay; lower one of them'
     )
 
 

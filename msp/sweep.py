@@ -72,10 +72,7 @@ def run(sweep: ConfigDict, workdir: Path, *, skip_corrupt: bool = False) -> Path
     UserError: an impossible sweep; or runs have failed, after all is written.
   """
   check(sweep)
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise UserError(f'cannot make work directory {workdir}: {e.strerror}') from None
+  workdir_module.claim_for_sweep(workdir, sweep.name)
   # Runs that differ in numbers only share their compiled programs.
   jax.config.update('jax_compilation_cache_dir', str(workdir / 'compiled'))
   results: dict[str, dict[int, Result]] = {}

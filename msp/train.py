@@ -147,6 +147,8 @@ def build(
     settled = round((1 - sparsity.settle) * config.train.steps)
   learned = sparsity.coefficient == 'learned'
   objective = _objective(config, model, shape, hold_out_images)
+  if learned and objective.kind == 'budget':
+    objectives.check_target(objective, groups, abstract, sparsity.min_alive)
   differentiated = learned and objectives.differentiates(
     objective.kind, len(groups.names)
   )
@@ -288,6 +290,10 @@ def _check(config):
     section, name = field.split('.')
     if config[section][name] < 1:
       raise UserError(f'{field} is {config[section][name]}; it has to be at least 1')
+  for field in ('train.patience', 'data.eval_examples', 'sparsity.min_alive'):
+    section, name = field.split('.')
+    if config[section][name] < 0:
+      raise UserError(f'{field} is {config[section][name]}; it has to be at least 0')
   size = config.data.image_size
   whole = all(isinstance(n, int) for n in size)
   if len(size) != 2 or not whole or min(size) < 16:
@@ -297,10 +303,6 @@ def _check(config):
     )
   if not 0 <= config.seed < 2**31:
     raise UserError(f'seed is {config.seed}; it has to be in [0, 2^31)')
-  if config.sparsity.min_alive < 0:
-    raise UserError(
-      f'sparsity.min_alive is {config.sparsity.min_alive}; it has to be at least 0'
-    )
   if not 0 < config.data.train_share <= 1:
     raise UserError(
       f'data.train_share is {config.data.train_share}; it has to be in (0, 1]'
@@ -319,9 +321,9 @@ def _check(config):
     )
   if inner_steps < 0:
     raise UserError(f'meta.inner_steps is {inner_steps}; it has to be at least 0')
-  if sparsity.coefficient == 'fixed' and sparsity.value <= 0:
+  if sparsity.coefficient == 'fixed' and not 0 < sparsity.value < math.inf:
     raise UserError(
-      f'sparsity.value is {sparsity.value}; a fixed λ has to be above 0 '
+      f'sparsity.value is {sparsity.value}; a fixed λ has to be a number above 0 '
       f'(for a dense run set sparsity.coefficient=none)'
     )
   if not 0 <= sparsity.settle < 1:
@@ -363,6 +365,10 @@ def _check(config):
     raise UserError(
       f'sparsity.tangent_decay is {sparsity.tangent_decay}; it has to be in (0, 1]'
     )
+  if not sparsity.tangent_max_norm > 0:
+    raise UserError(
+      f'sparsity.tangent_max_norm is {sparsity.tangent_max_norm}; it has to be above 0'
+    )
   if not 0 <= sparsity.search < 1:
     raise UserError(
       f'sparsity.search is {sparsity.search}; the share of the steps that only search '
@@ -387,7 +393,14 @@ def _check(config):
 def _weights(config):
   if not all(isinstance(weight, int | float) for weight in config.loss.weights):
     raise UserError(f'loss.weights is {config.loss.weights}; it has to be numbers')
-  return dict(zip(config.tasks, config.loss.weights, strict=False))
+  wanted = len(config.tasks) if config.loss.combination == 'fixed' else 0
+  if len(config.loss.weights) != wanted:
+    raise UserError(
+      f'loss.weights has {len(config.loss.weights)} entries; '
+      f'loss.combination={config.loss.combination} takes {wanted or "none"}'
+      f'{", one for each task" if wanted else ""}'
+    )
+  return dict(zip(config.tasks, config.loss.weights, strict=wanted > 0))
 
 
 def _check_traced(config, params, outer, inner):
@@ -711,8 +724,8 @@ def _trained(config, workdir, devices):
       f'no checkpoint in work directory {workdir}; train first, or name the '
       f'directory of a run with --workdir'
     )
+  workdir_module.check(workdir, config)
   run = _open(config, devices, workdir)
-  processes.first_does(lambda: workdir_module.claim(workdir, config))
   with Checkpoints(workdir, read_only=True) as checkpoints:
     latest = _newest(checkpoints, run)
   if latest is None:
@@ -1016,6 +1029,14 @@ def _open(config, devices, workdir, *, skip_corrupt=False) -> Run:
     raise UserError(
       f'train.batch_size is {config.train.batch_size}, more than the '
       f'{parts.train.stored} images of the train split; choose a smaller one'
+    )
+  if parts.hold_out is not None and not _uses_hold_out(config):
+    logger.warning(
+      'data.hold_out=%g keeps %d of %d training images apart, and nothing in this '
+      'configuration uses them; set data.hold_out=0 to train on them',
+      config.data.hold_out,
+      len(parts.hold_out),
+      len(parts.hold_out) + len(parts.train),
     )
   own = parts.train if config.sparsity.learn_on == 'query' else parts.hold_out
   hold_out_images = 1 if own is None else len(own)

@@ -527,10 +527,10 @@ def step_size(learning_rate: Any, where: str) -> optax.ScalarOrSchedule:
     UserError: neither of them; unknown schedule, or arguments it does not take.
   """
   if not hasattr(learning_rate, 'items'):  # a ConfigDict is no Mapping
-    if not isinstance(learning_rate, int | float):
+    if not isinstance(learning_rate, int | float) or not 0 <= learning_rate < math.inf:
       raise UserError(
-        f'{where}: learning_rate is {learning_rate!r}; it has to be a number, or a '
-        f"schedule such as dict(name='cosine_decay_schedule', …)"
+        f'{where}: learning_rate is {learning_rate!r}; it has to be a number, 0 or '
+        f"more, or a schedule such as dict(name='cosine_decay_schedule', …)"
       )
     return learning_rate
   entry = dict(learning_rate)

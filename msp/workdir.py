@@ -14,6 +14,8 @@ from msp import groups as gr
 from msp.errors import UserError, naming
 from msp.tasks import Task
 
+SWEEP = 'sweep.json'
+
 
 def check(workdir: Path, config: ConfigDict) -> None:
   """Whether `claim` would succeed; writes nothing.
@@ -28,8 +30,17 @@ def check(workdir: Path, config: ConfigDict) -> None:
   if not existing.is_dir() or not os.access(existing, os.W_OK):
     reason = 'Permission denied' if existing.is_dir() else 'Not a directory'
     raise _unwritable(workdir, f'{existing}: {reason}')
+  if (workdir / SWEEP).exists():
+    raise UserError(
+      f'work directory {workdir} belongs to a sweep; choose another one with --workdir'
+    )
   path = workdir / 'config.json'
   if not path.exists():
+    if any((workdir / 'checkpoints').glob('*')):
+      raise UserError(
+        f'{path} is missing, so nothing tells what the checkpoints beside it are of; '
+        f'put it back, or choose another directory with --workdir'
+      )
     return
   try:
     own = {**json.loads(path.read_text())}
@@ -45,6 +56,35 @@ def check(workdir: Path, config: ConfigDict) -> None:
       f'{"; ".join(differ[:5])}{"; …" if len(differ) > 5 else ""}. Choose another '
       f'directory with --workdir, or remove this one'
     )
+
+
+def claim_for_sweep(workdir: Path, name: str) -> None:
+  """Creates the directory for a sweep, or checks that it is its own.
+
+  Args:
+    workdir: created with its parents; sweep.json is written to it.
+    name: of the sweep. Its runs may change: they have directories of their own.
+
+  Raises:
+    UserError: the directory is a run's or another sweep's, or cannot be written to.
+  """
+  path = workdir / SWEEP
+  try:
+    owner = {**json.loads(path.read_text())}.get('name') if path.exists() else name
+  except (OSError, ValueError, TypeError) as e:
+    raise UserError(
+      f'cannot read {path}: {e}; remove it if the sweep is {name}'
+    ) from None
+  if (workdir / 'config.json').exists() or owner != name:
+    whose = f'sweep {owner}' if owner != name else 'a run'
+    raise UserError(
+      f'work directory {workdir} belongs to {whose}; choose another one with --workdir'
+    )
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    write(path, lambda f: f.write(json.dumps({'name': name}).encode()))
+  except OSError as e:
+    raise _unwritable(workdir, e.strerror) from None
 
 
 def claim(workdir: Path, config: ConfigDict) -> None:
@@ -79,14 +119,25 @@ def _unwritable(workdir, reason):
   )
 
 
+# Where things lie: they may be moved, and what lies there is checked where it is read.
+_PLACES = ('data.source', 'data.prepared')
+
+
 def _differences(old: Any, new: Any, prefix: str = '') -> Iterator[str]:
   if isinstance(old, Mapping) and isinstance(new, Mapping):
     for key in sorted(old.keys() | new.keys()):
       yield from _differences(
         old.get(key, 'absent'), new.get(key, 'absent'), f'{prefix}.{key}'.lstrip('.')
       )
-  elif old != new:
+  elif old != new and prefix not in _PLACES and not _moved(prefix, old, new):
     yield f'{prefix} was {old}, now {new}'
+
+
+def _moved(field, old, new):
+  """Whether it names the same run (directory and parent) in another place."""
+  return (
+    field == 'initial' and old and Path(old).parts[-2:] == Path(str(new)).parts[-2:]
+  )
 
 
 def write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:

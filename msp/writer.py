@@ -22,7 +22,8 @@ class MetricWriter:
   """Appends rows to `metrics.jsonl` and scalars to `tensorboard/` of a run.
 
   On resume, what a killed run wrote after its last checkpoint is dropped, so that
-  the log is that of an uninterrupted run. Use as a context manager.
+  the log is that of an uninterrupted run. Of the splits that are evaluated when a run
+  ends the log holds one row each, the latest. Use as a context manager.
   """
 
   def __init__(self, workdir: Path, resume_step: int):
@@ -36,18 +37,9 @@ class MetricWriter:
     Raises:
       UserError: `metrics.jsonl` is damaged elsewhere than in its last line.
     """
-    path = workdir / METRICS
-    kept = []
-    if path.exists():
-      pairs = zip(_lines(path), read(path), strict=False)
-      # Test rows are written anew whenever a run ends.
-      kept = [
-        f'{line}\n'
-        for line, row in pairs
-        if row['step'] <= resume_step and row['split'] in ('train', 'val')
-      ]
-    write(path, lambda f: f.write(''.join(kept).encode()))
-    self._file = path.open('a')
+    self._path = workdir / METRICS
+    kept = [row for row in self._rows() if row['step'] <= resume_step]
+    self._rewrite(kept)
     self._board = workdir / 'tensorboard'
     self._board.mkdir(exist_ok=True)
     # Not a SummaryWriter: its thread dies of a full disk, and then it waits for ever.
@@ -64,15 +56,26 @@ class MetricWriter:
         NaN and ±∞ are written as null: JSON has no word for them.
     """
     row = _plain(row)
-    with naming(Path(self._file.name)):
-      self._file.write(json.dumps(row, allow_nan=False) + '\n')
-      self._file.flush()
+    if row['split'] in ('train', 'val'):
+      with naming(self._path):
+        self._file.write(_line(row))
+        self._file.flush()
+    else:
+      self._file.close()
+      self._rewrite([r for r in self._rows() if r['split'] != row['split']] + [row])
     with naming(self._board):
       for name, value in _flat(row['split'], row):
         if isinstance(value, int | float):
           self._event(row['step'], summary=scalar(name, value))
       if row['split'] != 'train':
         self._events.flush()
+
+  def _rows(self):
+    return read(self._path) if self._path.exists() else []
+
+  def _rewrite(self, rows):
+    write(self._path, lambda f: f.write(''.join(map(_line, rows)).encode()))
+    self._file = self._path.open('a')
 
   def _event(self, step, **content):
     event = event_pb2.Event(wall_time=time.time(), step=step, **content)
@@ -82,7 +85,7 @@ class MetricWriter:
     return self
 
   def __exit__(self, *_):
-    log = naming(Path(self._file.name))
+    log = naming(self._path)
     with naming(self._board), closing(self._events), log:
       self._file.close()
 
@@ -127,6 +130,10 @@ def _is_row(split=None, step=None, **values):
 
 def _lines(path):
   return path.read_text(errors='replace').split('\n')
+
+
+def _line(row):
+  return json.dumps(row, allow_nan=False) + '\n'
 
 
 def _plain(value):

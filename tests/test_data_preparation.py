@@ -100,12 +100,15 @@ def test_builder_works_alone_with_tfds(source, tmp_path):
       np.testing.assert_array_equal(alone[index][key], value)
 
 
-def test_prepared_set_is_reused_even_without_its_source(source, tmp_path, monkeypatch):
+def test_prepared_set_is_reused_even_without_its_source(
+  source, tmp_path, monkeypatch, caplog
+):
   folder = prepare(source, tmp_path)
   monkeypatch.setattr(celebamask_hq, 'read', None)
   assert prepare(source, tmp_path) == folder
   shutil.rmtree(source)
   assert prepare(source, tmp_path) == folder
+  assert f'what was prepared from {source} is used' in caplog.text
 
 
 def test_all_bad_files_are_named_and_nothing_is_built(source, tmp_path):
@@ -287,10 +290,23 @@ def test_changed_source_is_refused(source, tmp_path):
   folder = prepare(source, tmp_path)
   other = tmp_path / 'other'
   data.render_faces(other, NUM + 1, (32, 32), seed=0, progress=False)
-  fails(other, tmp_path, '30 images', f'has {NUM + 1} now', f'rm -r {folder}')
+  made_from = f'30 images in {source}, and {other} with its'
+  fails(other, tmp_path, f'{made_from} {NUM + 1} has other files', f'rm -r {folder}')
   shutil.rmtree(other)
   data.render_faces(other, NUM, (32, 32), seed=1, progress=False)
-  fails(other, tmp_path, 'another state of the source')
+  fails(other, tmp_path, f'{made_from} {NUM} has other files')
+  label = next((source / 'CelebAMask-HQ-mask-anno').rglob('*_skin.png'))
+  label.write_bytes(label.read_bytes() + b'.')
+  fails(source, tmp_path, 'has other files or sizes')
+
+
+def test_a_label_written_again_is_told_of(source, tmp_path, caplog):
+  folder = prepare(source, tmp_path)
+  assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+  label = next((source / 'CelebAMask-HQ-mask-anno').rglob('*_skin.png'))
+  os.utime(label, (0, 0))
+  assert prepare(source, tmp_path) == folder
+  assert f'files in {source} have been written since' in caplog.text
 
 
 def test_other_version_is_refused(source, tmp_path):

@@ -124,6 +124,33 @@ def finished(faces, tmp_path_factory):
   return workdir, report
 
 
+@pytest.mark.parametrize(
+  ('overrides', 'unused'),
+  [
+    ({}, False),
+    ({'sparsity.coefficient': 'none'}, True),
+    ({'sparsity.objective': 'budget'}, True),
+    ({'sparsity.coefficient': 'none', 'data.hold_out': 0.0}, False),
+  ],
+)
+def test_images_that_nothing_uses_are_told_of(
+  faces, tmp_path, caplog, overrides, unused
+):
+  run = train._open(config(faces, **overrides), jax.devices()[:1], tmp_path)
+  held = len(run.splits.hold_out or ())
+  text = f'keeps {held} of {held + len(run.splits.train)} training images apart'
+  assert (text in caplog.text) == unused
+
+
+def test_another_configuration_is_told_of_before_data_are_made(
+  finished, faces, tmp_path
+):
+  other = config(faces, **{'data.prepared': str(tmp_path / 'new'), 'seed': 5})
+  with pytest.raises(UserError, match='seed was 0, now 5'):
+    train.evaluate_run(other, finished[0])
+  assert not (tmp_path / 'new').exists()
+
+
 def test_a_run_leaves_its_files(finished, faces):
   workdir, report = finished
   assert report == workdir / 'report' / 'index.html'

@@ -41,6 +41,44 @@ def test_another_configuration_is_refused_and_told_apart(tmp_path):
   assert (tmp_path / 'config.json').read_bytes() == before
 
 
+def test_what_only_moved_is_the_same(tmp_path):
+  def placed(root, start='runs/start'):
+    made = config()
+    made.data = ConfigDict({'source': f'{root}/set', 'prepared': f'{root}/copies'})
+    made.initial = f'{root}/{start}'
+    return made
+
+  workdir.claim(tmp_path, placed('/old'))
+  workdir.check(tmp_path, placed('/new'))
+  with pytest.raises(UserError, match='initial was /old/runs/start, now /new/runs/end'):
+    workdir.check(tmp_path, placed('/new', 'runs/end'))
+
+
+def test_checkpoints_without_their_configuration_are_nobodys(tmp_path):
+  (tmp_path / 'checkpoints' / '3').mkdir(parents=True)
+  with pytest.raises(UserError, match=r'config\.json is missing'):
+    workdir.claim(tmp_path, config())
+  assert not (tmp_path / 'config.json').exists()
+
+
+def test_a_sweep_has_a_directory_of_its_own(tmp_path):
+  workdir.claim_for_sweep(tmp_path / 'sweep', 'one')
+  workdir.claim_for_sweep(tmp_path / 'sweep', 'one')
+  with pytest.raises(UserError, match='belongs to sweep one'):
+    workdir.claim_for_sweep(tmp_path / 'sweep', 'two')
+  with pytest.raises(UserError, match='belongs to a sweep'):
+    workdir.claim(tmp_path / 'sweep', config())
+  workdir.claim(tmp_path / 'run', config())
+  with pytest.raises(UserError, match='belongs to a run'):
+    workdir.claim_for_sweep(tmp_path / 'run', 'one')
+  (tmp_path / 'sweep' / 'sweep.json').write_text('[1]')
+  with pytest.raises(UserError, match=r'cannot read .*sweep\.json'):
+    workdir.claim_for_sweep(tmp_path / 'sweep', 'one')
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='cannot write to work directory'):
+    workdir.claim_for_sweep(tmp_path / 'file' / 'sweep', 'one')
+
+
 def test_checking_writes_nothing(tmp_path):
   workdir.check(tmp_path / 'runs' / 'one', config())
   assert list(tmp_path.iterdir()) == []

@@ -147,3 +147,18 @@ def test_a_full_disk_names_the_log(tmp_path):
     with pytest.raises(OSError, match='No space left') as caught:
       step({'split': 'train', 'step': 1})
     assert caught.value.filename == str(path)
+
+
+def test_test_rows_last_until_there_are_new_ones(tmp_path):
+  rows = [{'split': split, 'step': 2, 'loss': 1.0} for split in ('train', 'test')]
+  with writer.MetricWriter(tmp_path, 0) as log:
+    for row in rows:
+      log.write(row)
+  log = writer.MetricWriter(tmp_path, 2)  # a finished run started again, and killed
+  assert writer.read(tmp_path / writer.METRICS) == rows
+  new = {'split': 'test', 'step': 2, 'loss': 0.5}
+  log.write(new)
+  assert writer.read(tmp_path / writer.METRICS) == [rows[0], new]
+  log.write({'split': 'test_best', 'step': 1, 'loss': 0.4})
+  assert len(lines(tmp_path)) == 3
+  log.__exit__()
