@@ -448,20 +448,23 @@ def _verify(name: str, folder: Path, source: Path) -> None:
     raise DataError(
       f'prepared data set {folder} is damaged ({reason}); ' + _rebuild(folder)
     ) from error
+  if 'contents' not in summary:
+    raise DataError(
+      f'{folder} was built by an older version of this program; ' + _rebuild(folder)
+    )
   # The source may have been removed once the data set was built.
   try:
     splits = data_set(name).scan(source)
   except DataError as error:
-    made_from = summary.get('source', 'another folder')
-    logger.warning('%s; what was prepared from %s is used', error, made_from)
+    logger.warning('%s; what was prepared from %s is used', error, summary['source'])
     return
   state = _state(name, source, splits)
   if stand_in.read(source) != summary['stand_in'] or any(
-    state[key] != summary.get(key) for key in ('images', 'contents')
+    state[key] != summary[key] for key in ('images', 'contents')
   ):
     raise DataError(
       f'prepared data set {folder} was built from {summary["images"]} images in'
-      f' {summary.get("source")}, and {source} with its {state["images"]} has other'
+      f' {summary["source"]}, and {source} with its {state["images"]} has other'
       f' files or sizes; name the folder it was built from, or ' + _rebuild(folder)
     )
   if state['times'] != summary['times']:

@@ -314,6 +314,12 @@ def test_other_version_is_refused(source, tmp_path):
   old = folder.with_name('0.9.0')
   folder.rename(old)
   fails(source, tmp_path, 'another version', 'now 1.0.0', f'rm -r {old}')
+  old.rename(folder)
+  path = folder / 'prepared.json'
+  summary = json.loads(path.read_text())
+  del summary['contents']
+  path.write_text(json.dumps(summary))
+  fails(source, tmp_path, 'an older version of this program', f'rm -r {folder}')
 
 
 @pytest.mark.parametrize(
