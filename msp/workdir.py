@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -164,8 +165,15 @@ def write_groups(workdir: Path, groups: gr.Groups, params: Any) -> None:
     }
     for layer, mask in jax.device_get(gr.alive(groups, params)).items()
   ]
+  layers.sort(key=lambda layer: _depth(layer['name']))
   content = json.dumps({'axis': groups.axis, 'layers': layers}).encode()
   write(workdir / 'groups.json', lambda f: f.write(content))
+
+
+def _depth(name):
+  """Sorts layers as the network runs: the stem, then blocks by number."""
+  parts = re.split(r'(\d+)', name)
+  return not name.startswith('stem'), [int(p) if p.isdigit() else p for p in parts]
 
 
 def write_predictions(

@@ -124,6 +124,15 @@ def test_groups_are_written_by_layer(tmp_path):
   }
 
 
+def test_layers_are_listed_as_the_network_runs(tmp_path):
+  kernel = np.ones((1, 1, 3, 2), np.float32)
+  names = ['stem_conv1', 'layer1_0', 'layer3_2', 'layer3_10']
+  params = {'backbone': {name: {'kernel': kernel} for name in names}}
+  workdir.write_groups(tmp_path, gr.find(params), params)
+  layers = json.loads((tmp_path / 'groups.json').read_text())['layers']
+  assert [layer['name'] for layer in layers] == names
+
+
 def test_predictions_leave_padding_out(tmp_path):
   batch = {
     'image': np.full((3, 2, 2, 3), 0.5, np.float32),
