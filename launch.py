@@ -41,6 +41,8 @@ def main(argv: list[str]) -> None:
   """Calls the function of the mode; a user's mistake ends in one line."""
   # After the flags, so that --help and a mistyped flag answer at once.
   if _DISTRIBUTED.value:
+    if _MODE.value == 'sweep':
+      sys.exit('error: a sweep is one process; start its runs with --distributed')
     import jax
 
     try:

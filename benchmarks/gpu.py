@@ -9,7 +9,8 @@ ResNet-50-D at 256 x 256, batch 16, bfloat16: the K = 0 step with Adam-metric pr
 the first-order K = 5 meta-step. TFLOP are those of XLA's cost analysis of the same
 step with its loops unrolled, before optimisation; the ceiling is a large bfloat16
 matmul in the same process. Medians of --rounds rounds of STEPS steps each. Memory is
-what the compiled step needs: its arguments, results and temporaries.
+what the compiled step needs: its arguments, results and temporaries; PyTorch's is its
+peak. The batch is that of each part of a step: support, query, hold-out.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from benchmarks.speed import Label
 from configs import common
 from msp import train
 
-STEPS = 5  # between two synchronisations, as in training
+STEPS = 5  # under way at a time, so that the host's part is not what is timed
 HEADS = {
   'NYU-like': {'a': 40, 'b': 1, 'c': 13},
   'CelebA-like': {'a': 3, 'male': 0, 'smiling': 0},
@@ -204,7 +205,7 @@ def main():
   print(
     f'{jax.devices()[0].device_kind}: matmul ceiling {peak:.0f} TFLOP/s, bfloat16\n'
   )
-  print('| step | compile s | ms | TFLOP | TFLOP/s | of the ceiling | peak GiB |')
+  print('| step | compile s | ms | TFLOP | TFLOP/s | of the ceiling | GiB |')
   print('|---|---|---|---|---|---|---|')
   size, batch, rounds = arguments.size, arguments.batch, arguments.rounds
   for name in arguments.heads:

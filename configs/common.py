@@ -186,6 +186,7 @@ def apply(config: ConfigDict, given: set[str]) -> None:
   if 'fixed' in given:
     config.sparsity.coefficient = 'fixed'
     config.sparsity.value = 1e-6 if config.data.name == 'nyud_mt' else 1e-5
+    config.data.hold_out = 0.0
   if 'procedural' in given:
     faces = ('datasets/procedural_faces', 3000)
     rooms = ('datasets/procedural_rooms', 1500)

@@ -407,7 +407,7 @@ def _quiet_tfds() -> Iterator[None]:
   """Keeps TFDS from telling about places that will be renamed."""
   tfds.disable_progress_bar()
   verbosity = absl_logging.get_verbosity()
-  absl_logging.set_verbosity(absl_logging.ERROR)
+  absl_logging.set_verbosity(absl_logging.FATAL)
   try:
     with contextlib.redirect_stdout(io.StringIO()):
       yield
@@ -448,26 +448,23 @@ def _verify(name: str, folder: Path, source: Path) -> None:
     raise DataError(
       f'prepared data set {folder} is damaged ({reason}); ' + _rebuild(folder)
     ) from error
-  if 'contents' not in summary:
-    raise DataError(
-      f'{folder} was built by an older version of this program; ' + _rebuild(folder)
-    )
   # The source may have been removed once the data set was built.
   try:
     splits = data_set(name).scan(source)
   except DataError as error:
-    logger.warning('%s; what was prepared from %s is used', error, summary['source'])
+    logger.warning('%s; what was prepared from it is used: %s', error, folder)
     return
   state = _state(name, source, splits)
   if stand_in.read(source) != summary['stand_in'] or any(
-    state[key] != summary[key] for key in ('images', 'contents')
+    state[key] != summary[key] for key in ('images', 'contents') if key in summary
   ):
+    made_from = summary.get('source', 'another place')
     raise DataError(
       f'prepared data set {folder} was built from {summary["images"]} images in'
-      f' {summary["source"]}, and {source} with its {state["images"]} has other'
-      f' files or sizes; name the folder it was built from, or ' + _rebuild(folder)
+      f' {made_from}, and {source} with its {state["images"]} has other files or sizes;'
+      f' name the folder it was built from, or ' + _rebuild(folder)
     )
-  if state['times'] != summary['times']:
+  if state['times'] != summary.get('times', state['times']):
     logger.warning(
       'files in %s have been written since %s was built; if they changed, %s',
       source,

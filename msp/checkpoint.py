@@ -1,10 +1,12 @@
 """Checkpoints: the only module that knows orbax."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +28,9 @@ T = TypeVar('T')
 
 class DamagedCheckpointError(UserError):
   """A checkpoint that cannot be read."""
+
+
+_UNREADABLE = 'another process cannot read a checkpoint; see its message'
 
 
 class Checkpoints:
@@ -130,7 +135,10 @@ class Checkpoints:
     """Renames what could not be read: it would pass for the newest or the best."""
     for step in self._damaged:
       path = self._manager.directory / str(step)
-      path.rename(path.with_name(f'{step}.damaged'))
+      aside = path.with_name(f'{step}.damaged')
+      if aside.exists():
+        shutil.rmtree(aside)
+      path.rename(aside)
 
   def newest(self, restore: Callable[[int], T]) -> tuple[int, T] | None:
     """The newest checkpoint that can be read; warns of newer ones that cannot.
@@ -147,10 +155,13 @@ class Checkpoints:
     """
     damaged = []
     for step in sorted(self._manager.all_steps(), reverse=True):
+      error = found = None
       try:
         found = step, restore(step)
       except DamagedCheckpointError as e:
-        damaged.append((step, e))
+        error = e
+      if processes.agreed(error is not None):  # all go on from the same step
+        damaged.append((step, error or DamagedCheckpointError(_UNREADABLE)))
         continue
       for newer, error in damaged:
         logger.warning('%s. Going on with that of step %d', error, step)
@@ -226,11 +237,20 @@ def _readable(where: str) -> Iterator[None]:
     yield
   except (jax.errors.JaxRuntimeError, MemoryError):  # too large for this machine
     raise
+  except OSError as e:
+    # A disk that does not answer says nothing of the file.
+    if e.errno not in (None, errno.ENOENT, errno.ENOTDIR):
+      raise
+    raise _damaged(where, e) from None
   except Exception as e:  # orbax and TensorStore raise anything up to a bare Exception
-    reason = f'{type(e).__name__}: {e}'.splitlines()[0][:120]
-    raise DamagedCheckpointError(f'{where} is damaged ({reason}): delete it') from None
+    raise _damaged(where, e) from None
   finally:
     sys.unraisablehook = hook
+
+
+def _damaged(where, error):
+  reason = f'{type(error).__name__}: {error}'.splitlines()[0][:120]
+  return DamagedCheckpointError(f'{where} is damaged ({reason}): delete it')
 
 
 def _forget_damaged_scores(folder: Path, rank: Callable) -> None:

@@ -128,19 +128,23 @@ def check_target(
 ) -> None:
   """Raises UserError on a budget that the survival floor rules out.
 
+  Not of weights, some of which may go in living groups.
+
   Args:
     objective: a budget.
     groups: of `params`, a tree of arrays or their shapes.
     params: of the network.
     min_alive: groups of each layer that survive.
   """
+  if objective.measure == 'weights':
+    return
   alive = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), params)
   keep = {
     layer: jnp.arange(mask.size).reshape(mask.shape) < min_alive
     for layer, mask in gr.alive(groups, alive).items()
   }
   most = float(removed(objective, groups, gr.remove(groups, alive, keep)))
-  if objective.target > most:
+  if objective.target > most + 1e-6:
     raise UserError(
       f'sparsity.target is {objective.target}, but of the {objective.measure} no more '
       f'than {most:.3f} can go while sparsity.min_alive={min_alive} groups of each '

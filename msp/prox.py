@@ -98,6 +98,8 @@ def group_lasso_weighted(
   if axis is None:
     return jax.tree.map(l1_weighted, x, metric, threshold)
   kernels, tree = jax.tree.flatten(x)
+  if not kernels:
+    return x
   metrics, thresholds = map(tree.flatten_up_to, (metric, threshold))
   problems = list(zip(kernels, metrics, thresholds, strict=True))
   if jax.default_backend() == 'cpu':

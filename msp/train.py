@@ -36,7 +36,7 @@ from msp import groups as gr
 from msp import initial as initial_module
 from msp import tasks as task_module
 from msp import workdir as workdir_module
-from msp.checkpoint import Checkpoints
+from msp.checkpoint import Checkpoints, DamagedCheckpointError
 from msp.console import Bar, Clock, Interruption
 from msp.errors import UserError
 from msp.evaluate import evaluate, make_eval_step, make_predict
@@ -735,9 +735,8 @@ def _trained(config, workdir, devices):
 
 
 def _newest(checkpoints, run):
-  return checkpoints.newest(
-    lambda step: checkpoints.restore(step, run.initial_state(abstract=True))
-  )
+  target = functools.cache(lambda: run.initial_state(abstract=True))
+  return checkpoints.newest(lambda step: checkpoints.restore(step, target()))
 
 
 def compact_run(
@@ -1185,8 +1184,11 @@ def _finish(run, workdir, state, checkpoints, writer):
   eval_step = run.eval_step()
   rows = {'test': state}
   best = checkpoints.best_step()
-  if best != int(state.step):
-    rows['test_best'], _ = checkpoints.restore(best, state)
+  if best not in (None, int(state.step)):
+    try:
+      rows['test_best'], _ = checkpoints.restore(best, state)
+    except DamagedCheckpointError as e:
+      logger.warning('%s. The best state is left out', e)
   for split, one in rows.items():
     logger.info('evaluating the test split at step %d', one.step)
     values = run.evaluate(eval_step, one, run.splits.test)

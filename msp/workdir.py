@@ -83,7 +83,8 @@ def claim_for_sweep(workdir: Path, name: str) -> None:
     )
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    write(path, lambda f: f.write(json.dumps({'name': name}).encode()))
+    if not path.exists():
+      write(path, lambda f: f.write(json.dumps({'name': name}).encode()))
   except OSError as e:
     raise _unwritable(workdir, e.strerror) from None
 
@@ -120,25 +121,23 @@ def _unwritable(workdir, reason):
   )
 
 
-# Where things lie: they may be moved, and what lies there is checked where it is read.
-_PLACES = ('data.source', 'data.prepared')
-
-
 def _differences(old: Any, new: Any, prefix: str = '') -> Iterator[str]:
   if isinstance(old, Mapping) and isinstance(new, Mapping):
     for key in sorted(old.keys() | new.keys()):
       yield from _differences(
         old.get(key, 'absent'), new.get(key, 'absent'), f'{prefix}.{key}'.lstrip('.')
       )
-  elif old != new and prefix not in _PLACES and not _moved(prefix, old, new):
+  elif old != new and not _moved(prefix, old, new):
     yield f'{prefix} was {old}, now {new}'
 
 
 def _moved(field, old, new):
-  """Whether it names the same run (directory and parent) in another place."""
-  return (
-    field == 'initial' and old and Path(old).parts[-2:] == Path(str(new)).parts[-2:]
-  )
+  """Whether it may be the same thing in another place."""
+  if field == 'data.source':  # compared with the prepared copy when that is verified
+    return True
+  # A run of a sweep: SWEEP/RUN/SEED.
+  parts = lambda path: Path(str(path)).parts[-3:]
+  return field == 'initial' and len(parts(old)) == 3 and parts(old) == parts(new)
 
 
 def write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
@@ -165,7 +164,8 @@ def write_groups(workdir: Path, groups: gr.Groups, params: Any) -> None:
     }
     for layer, mask in jax.device_get(gr.alive(groups, params)).items()
   ]
-  layers.sort(key=lambda layer: _depth(layer['name']))
+  if groups.axis != 'coupled':  # streams are in that order
+    layers.sort(key=lambda layer: _depth(layer['name']))
   content = json.dumps({'axis': groups.axis, 'layers': layers}).encode()
   write(workdir / 'groups.json', lambda f: f.write(content))
 

@@ -39,7 +39,7 @@ class MetricWriter:
     """
     self._path = workdir / METRICS
     kept = [row for row in self._rows() if row['step'] <= resume_step]
-    self._rewrite(kept)
+    self._rewrite(map(_plain, kept))  # of NaN by another hand JSON would make none
     self._board = workdir / 'tensorboard'
     self._board.mkdir(exist_ok=True)
     # Not a SummaryWriter: its thread dies of a full disk, and then it waits for ever.

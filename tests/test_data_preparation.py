@@ -108,7 +108,7 @@ def test_prepared_set_is_reused_even_without_its_source(
   assert prepare(source, tmp_path) == folder
   shutil.rmtree(source)
   assert prepare(source, tmp_path) == folder
-  assert f'what was prepared from {source} is used' in caplog.text
+  assert f'what was prepared from it is used: {folder}' in caplog.text
 
 
 def test_all_bad_files_are_named_and_nothing_is_built(source, tmp_path):
@@ -314,12 +314,19 @@ def test_other_version_is_refused(source, tmp_path):
   old = folder.with_name('0.9.0')
   folder.rename(old)
   fails(source, tmp_path, 'another version', 'now 1.0.0', f'rm -r {old}')
-  old.rename(folder)
+
+
+def test_a_set_without_the_state_of_its_source_is_as_good(source, tmp_path):
+  folder = prepare(source, tmp_path)  # as built before that was kept
   path = folder / 'prepared.json'
   summary = json.loads(path.read_text())
-  del summary['contents']
+  for key in ('source', 'contents', 'times'):
+    del summary[key]
   path.write_text(json.dumps(summary))
-  fails(source, tmp_path, 'an older version of this program', f'rm -r {folder}')
+  assert prepare(source, tmp_path) == folder
+  fewer = tmp_path / 'fewer'
+  data.render_faces(fewer, NUM - 1, (32, 32), seed=0, progress=False)
+  fails(fewer, tmp_path, 'has other files')
 
 
 @pytest.mark.parametrize(

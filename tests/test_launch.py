@@ -1,5 +1,6 @@
 """What a person can get wrong, and the one line that answers it."""
 
+import errno
 import importlib
 import itertools
 import resource
@@ -345,6 +346,37 @@ def test_an_older_checkpoint_in_place_of_a_damaged_one(tmp_path, caplog, name, c
     assert checkpoints.best_step() == 2
     assert checkpoints.restore(4, STATE)[1] == {'step': 4}
   assert {p.name for p in folder.iterdir()} == {'2', '3', '4', '4.damaged'}
+
+
+def test_what_was_set_aside_before_makes_room(tmp_path):
+  folder = two_checkpoints(tmp_path)
+  (folder / '4.damaged' / 'state').mkdir(parents=True)
+  (folder / '4' / 'state' / 'manifest.ocdbt').write_bytes(b'')
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.newest(lambda s: checkpoints.restore(s, STATE))
+    checkpoints.save(4, STATE, {'step': 4}, 0.4)
+  assert {p.name for p in folder.iterdir()} == {'2', '4', '4.damaged'}
+
+
+def test_a_disk_that_does_not_answer_damages_nothing(tmp_path, monkeypatch):
+  two_checkpoints(tmp_path)
+  with Checkpoints(tmp_path) as checkpoints:
+
+    def fails(*args, **kwargs):
+      raise OSError(errno.ESTALE, 'Stale file handle')
+
+    monkeypatch.setattr(checkpoints._manager, 'restore', fails)
+    with pytest.raises(OSError, match='Stale'):
+      checkpoints.newest(lambda s: checkpoints.restore(s, STATE))
+    assert not checkpoints._damaged
+
+
+def test_a_sweep_is_one_process(tmp_path):
+  sweep = ROOT / 'configs/sweeps/meta_sparsity.py'
+  line = last_line(
+    *launch(tmp_path, f'--config={sweep}:nyu', '--mode=sweep', '--distributed')
+  )
+  assert 'a sweep is one process' in line
 
 
 def test_nothing_but_damaged_checkpoints(tmp_path):

@@ -215,6 +215,24 @@ def test_a_run_whose_newest_checkpoint_is_damaged(finished, faces, tmp_path, cap
   same_run(finished[0], workdir)
 
 
+@pytest.mark.parametrize('lost', ['scores', 'best'])
+def test_the_end_of_a_run_does_not_hang_on_its_best_state(
+  finished, faces, tmp_path, caplog, lost
+):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished[0], workdir)
+  if lost == 'scores':
+    for path in (workdir / 'checkpoints').glob('*/metrics/metrics'):
+      path.write_text('')
+  else:
+    scores = {r['step']: r['score'] for r in rows(workdir) if r['split'] == 'val'}
+    best = workdir / 'checkpoints' / str(max(scores, key=scores.get))
+    (best / 'state' / 'manifest.ocdbt').write_bytes(b'')
+  run(config(faces), workdir)
+  assert 'is damaged' in caplog.text
+  assert [row['step'] for row in rows(workdir) if row['split'] == 'test'] == [STEPS]
+
+
 class Killed(BaseException):
   """Stands for a kill: no handler may make anything of it."""
 

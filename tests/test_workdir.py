@@ -42,16 +42,16 @@ def test_another_configuration_is_refused_and_told_apart(tmp_path):
 
 
 def test_what_only_moved_is_the_same(tmp_path):
-  def placed(root, start='runs/start'):
+  def placed(root, start='sweep/start/0'):
     made = config()
-    made.data = ConfigDict({'source': f'{root}/set', 'prepared': f'{root}/copies'})
+    made.data = ConfigDict({'source': f'{root}/set'})
     made.initial = f'{root}/{start}'
     return made
 
   workdir.claim(tmp_path, placed('/old'))
   workdir.check(tmp_path, placed('/new'))
-  with pytest.raises(UserError, match='initial was /old/runs/start, now /new/runs/end'):
-    workdir.check(tmp_path, placed('/new', 'runs/end'))
+  with pytest.raises(UserError, match='initial was /old/sweep/start/0, now'):
+    workdir.check(tmp_path, placed('/new', 'another/start/0'))
 
 
 def test_checkpoints_without_their_configuration_are_nobodys(tmp_path):
@@ -127,7 +127,7 @@ def test_groups_are_written_by_layer(tmp_path):
 def test_layers_are_listed_as_the_network_runs(tmp_path):
   kernel = np.ones((1, 1, 3, 2), np.float32)
   names = ['stem_conv1', 'layer1_0', 'layer3_2', 'layer3_10']
-  params = {'backbone': {name: {'kernel': kernel} for name in names}}
+  params = {'backbone': {name: {'kernel': kernel} for name in reversed(names)}}
   workdir.write_groups(tmp_path, gr.find(params), params)
   layers = json.loads((tmp_path / 'groups.json').read_text())['layers']
   assert [layer['name'] for layer in layers] == names
