@@ -122,6 +122,9 @@ def base() -> ConfigDict:
   ]
   config.sparsity.optimizers.tolerance = constraint
   config.sparsity.optimizers.budget = copy.deepcopy(constraint)
+  # λ_max is of the first gradients, and later ones may be larger: no bound on what
+  # has to be met, but 10 λ_max.
+  config.sparsity.optimizers.budget[-1].upper = 2.3
 
   config.train = ConfigDict()
   config.train.steps = 65_600
