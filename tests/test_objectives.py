@@ -180,7 +180,7 @@ def test_signal_is_the_violation_and_breaks_ties_by_the_hold_out_loss():
     ({'kind': 'budgte'}, "objective is 'budgte'; known: holdout"),
     ({'measure': 'channels'}, "measure is 'channels'; known: groups"),
     ({'target': 1.0}, r'target is 1\.0; .* in \(0, 1\)'),
-    ({'tolerance': -0.1}, r'tolerance is -0\.1; .* below 0'),
+    ({'tolerance': -0.1}, r'tolerance is -0\.1; .* at least 0'),
     ({'search': -3}, r'search gives -3 steps; .* below 0'),
   ],
 )
