@@ -462,7 +462,7 @@ def _verify(name: str, folder: Path, source: Path) -> None:
     raise DataError(
       f'prepared data set {folder} was built from {summary["images"]} images in'
       f' {made_from}, and {source} with its {state["images"]} has other files or sizes;'
-      f' name the folder it was built from, or ' + _rebuild(folder)
+      ' name the folder it was built from, or ' + _rebuild(folder)
     )
   if state['times'] != summary.get('times', state['times']):
     logger.warning(

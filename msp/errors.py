@@ -23,9 +23,14 @@ def naming(path: Path) -> Iterator[None]:
     raise
 
 
+def words(error: Exception) -> str:
+  """Its message without line breaks."""
+  return ' '.join(str(error).split())
+
+
 def one_line(error: OSError) -> str:
   """FILE: what the operating system says; other libraries' own words as they are."""
   if error.errno is None:
-    return ' '.join(f'{type(error).__name__}: {error}'.split())
+    return f'{type(error).__name__}: {words(error)}'
   place = f'{error.filename}: ' if error.filename else ''
   return f'{place}{error.strerror}'

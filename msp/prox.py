@@ -109,23 +109,19 @@ def group_lasso_weighted(
 
 def _group_lasso_weighted(problems, axis):
   """The prox of kernels that share one iteration; problems: (x, d, threshold) each."""
-  prepared = [_with_root(*problem, axis) for problem in problems]
-  roots = _roots(
-    tuple(gr.other_axes(x, axis) for x, _, _ in problems),
-    *(tuple(part) for part in zip(*(safe for _, safe in prepared), strict=True)),
-  )
-  found = []
-  for (x, _, _), ((t, survives), safe), root in zip(
-    problems, prepared, roots, strict=True
-  ):
-    safe_x, d, safe_t = safe
-    z = safe_x * d * root / (d * root + safe_t)
-    found.append(jnp.where(t > 0, jnp.where(survives, z, 0), x))
-  return found
+  kernels = [x for x, _, _ in problems]
+  t, survives, *safe = zip(*(_with_root(*p, axis) for p in problems), strict=True)
+  roots = _roots(tuple(gr.other_axes(x, axis) for x in kernels), *safe)
+
+  def finish(x, t, survives, safe_x, safe_d, safe_t, root):
+    z = safe_x * safe_d * root / (safe_d * root + safe_t)
+    return jnp.where(t > 0, jnp.where(survives, z, 0), x)
+
+  return list(map(finish, kernels, t, survives, *safe, roots))
 
 
 def _with_root(x, d, threshold, axis):
-  """(t, which groups survive), and the problem (x, d, t) of those."""
+  """t, which groups survive, and x, d and t with a root in every group."""
   t = gr.expand(jnp.asarray(threshold, x.dtype), x, axis)
   t = jnp.broadcast_to(
     t, [n if i == axis % x.ndim else 1 for i, n in enumerate(x.shape)]
@@ -134,7 +130,7 @@ def _with_root(x, d, threshold, axis):
   survives = (scaled > t) & (t > 0)
   # Groups without a root get one that is easy: x = d = 1, t = 0, so ϑ = √n.
   safe = (jnp.where(survives, *pair) for pair in ((x, 1), (d, 1), (t, 0)))
-  return (t, survives), tuple(safe)
+  return t, survives, *safe
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -21,7 +21,7 @@ import data
 from msp import figures, report, train, writer
 from msp import tasks as task_module
 from msp import workdir as workdir_module
-from msp.errors import UserError, one_line
+from msp.errors import UserError, one_line, words
 from msp.metrics import delta_m
 
 logger = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ def _failure(error, place):
   place.mkdir(parents=True, exist_ok=True)
   text = ''.join(traceback.format_exception(error))
   workdir_module.write(place / 'error.txt', lambda f: f.write(text.encode()))
-  line = ' '.join(str(error).split())[:200]
+  line = words(error)[:200]
   return f'{type(error).__name__}: {line} (see {place / "error.txt"})'
 
 

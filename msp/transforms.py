@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from msp import groups as gr
-from msp.errors import UserError
+from msp.errors import UserError, words
 from msp.prox import Penalty, get_penalty
 
 # The survival floor: root mean square of a protected group's weights.
@@ -515,7 +515,7 @@ def build(
     names = ', '.join(str(entry['name']) for entry in entries)
     raise UserError(
       f'{where}: {names} cannot make a step from gradients and parameters alone, or '
-      f'an argument is of the wrong type: {_line(e)}'
+      f'an argument is of the wrong type: {words(e)}'
     ) from None
   return chain
 
@@ -572,17 +572,13 @@ def metric(entry: Mapping[str, Any], where: str) -> dict[str, float]:
 _WRONG_ARGUMENTS = (TypeError, ValueError, LookupError, AttributeError)
 
 
-def _line(error):
-  return ' '.join(str(error).split())
-
-
 def _call(factory, name, arguments, where):
   try:
     return factory(**arguments)
   except _WRONG_ARGUMENTS as e:
     takes = ', '.join(inspect.signature(factory).parameters)
     raise UserError(
-      f'{where}: {name} cannot take {arguments}: {_line(e)}; it takes {takes}'
+      f'{where}: {name} cannot take {arguments}: {words(e)}; it takes {takes}'
     ) from None
 
 

@@ -156,13 +156,14 @@ def write_groups(workdir: Path, groups: gr.Groups, params: Any) -> None:
   """Writes groups.json: which groups of which layer are alive."""
   if groups.array_axis is None:
     return  # a mask of single weights is the checkpoint's business
+  alive = jax.device_get(gr.alive(groups, params))
   layers = [
     {
       'name': gr.short_name(layer),
-      'total': int(mask.size),
-      'alive': np.asarray(mask).astype(int).tolist(),
+      'total': int(alive[layer].size),
+      'alive': np.asarray(alive[layer]).astype(int).tolist(),
     }
-    for layer, mask in jax.device_get(gr.alive(groups, params)).items()
+    for layer in groups.layers
   ]
   if groups.axis != 'coupled':  # streams are in that order
     layers.sort(key=lambda layer: _depth(layer['name']))

@@ -85,8 +85,7 @@ class MetricWriter:
     return self
 
   def __exit__(self, *_):
-    log = naming(self._path)
-    with naming(self._board), closing(self._events), log:
+    with naming(self._board), closing(self._events), naming(self._path):
       self._file.close()
 
 

@@ -326,6 +326,12 @@ def test_options_of_penalties_are_checked():
 
 
 @pytest.mark.parametrize('name', sorted(prox.PENALTIES))
+def test_a_tree_may_be_empty(name, monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert prox.get_penalty(name).prox_weighted({}, {}, 0.3, {}, -2) == {}
+
+
+@pytest.mark.parametrize('name', sorted(prox.PENALTIES))
 def test_kernels_of_a_tree_are_independent(name, monkeypatch):
   kind = prox.get_penalty(name)
   x, metric = (

@@ -230,6 +230,7 @@ def test_the_end_of_a_run_does_not_hang_on_its_best_state(
     (best / 'state' / 'manifest.ocdbt').write_bytes(b'')
   run(config(faces), workdir)
   assert 'is damaged' in caplog.text
+  assert 'None' not in caplog.text
   assert [row['step'] for row in rows(workdir) if row['split'] == 'test'] == [STEPS]
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -10,7 +11,9 @@ from data import Label
 from msp import groups as gr
 from msp import workdir
 from msp.errors import UserError
+from msp.models import multitask
 from msp.tasks import make
+from tests.networks import small_network
 
 
 def config(**kwargs):
@@ -131,6 +134,15 @@ def test_layers_are_listed_as_the_network_runs(tmp_path):
   workdir.write_groups(tmp_path, gr.find(params), params)
   layers = json.loads((tmp_path / 'groups.json').read_text())['layers']
   assert [layer['name'] for layer in layers] == names
+
+
+def test_streams_are_listed_as_they_are_coupled(tmp_path):
+  model = small_network('basic', (1, 1, 1, 1))
+  params = multitask.init(model, jax.random.key(0), (32, 32, 3))[0]
+  found = gr.find(params, axis='coupled', streams=multitask.streams(model))
+  workdir.write_groups(tmp_path, found, params)
+  layers = json.loads((tmp_path / 'groups.json').read_text())['layers']
+  assert [layer['name'] for layer in layers] == list(map(gr.short_name, found.layers))
 
 
 def test_predictions_leave_padding_out(tmp_path):

@@ -162,3 +162,11 @@ def test_test_rows_last_until_there_are_new_ones(tmp_path):
   log.write({'split': 'test_best', 'step': 1, 'loss': 0.4})
   assert len(lines(tmp_path)) == 3
   log.__exit__()
+
+
+def test_a_number_that_json_does_not_have_is_kept_as_none(tmp_path):
+  row = '{"split": "train", "step": 1, "loss": NaN}\n'  # of another program
+  (tmp_path / writer.METRICS).write_text(row)
+  with writer.MetricWriter(tmp_path, 1):
+    pass
+  assert json.loads(lines(tmp_path)[0])['loss'] is None
