@@ -231,8 +231,15 @@ class Checkpoints:
 @contextlib.contextmanager
 def _readable(where: str) -> Iterator[None]:
   """Turns whatever reading a damaged file raises into a `DamagedCheckpointError`."""
-  # Reads that were under way beside the failed one complain when they are collected.
-  hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  hook = sys.unraisablehook
+
+  def quiet(unraisable):
+    if 'Event loop is closed' not in str(unraisable.exc_value):
+      hook(unraisable)
+
+  # Reads that were under way beside a failed one complain when they end, which may be
+  # long after: then it stays.
+  sys.unraisablehook = quiet
   try:
     yield
   except (jax.errors.JaxRuntimeError, MemoryError):  # too large for this machine
@@ -244,7 +251,7 @@ def _readable(where: str) -> Iterator[None]:
     raise _damaged(where, e) from None
   except Exception as e:  # orbax and TensorStore raise anything up to a bare Exception
     raise _damaged(where, e) from None
-  finally:
+  else:
     sys.unraisablehook = hook
 
 

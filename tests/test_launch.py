@@ -6,6 +6,7 @@ import itertools
 import resource
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -356,6 +357,21 @@ def test_what_was_set_aside_before_makes_room(tmp_path):
     checkpoints.newest(lambda s: checkpoints.restore(s, STATE))
     checkpoints.save(4, STATE, {'step': 4}, 0.4)
   assert {p.name for p in folder.iterdir()} == {'2', '4', '4.damaged'}
+
+
+def test_reads_that_end_after_a_failed_one_are_not_told_of(tmp_path, monkeypatch):
+  folder, told = two_checkpoints(tmp_path), []
+  (folder / '4' / 'state' / 'manifest.ocdbt').write_bytes(b'')
+  hook = lambda unraisable: told.append(unraisable.exc_value)
+  monkeypatch.setattr(sys, 'unraisablehook', hook)
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    checkpoints.restore(2, STATE)
+    assert sys.unraisablehook is hook
+    assert checkpoints.newest(lambda s: checkpoints.restore(s, STATE))[0] == 2
+  other = ValueError('of something else')
+  for error in (RuntimeError('Event loop is closed'), other):
+    sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+  assert told == [other]
 
 
 def test_a_disk_that_does_not_answer_damages_nothing(tmp_path, monkeypatch):
