@@ -234,11 +234,15 @@ def _readable(where: str) -> Iterator[None]:
   hook = sys.unraisablehook
 
   def quiet(unraisable):
+    code = getattr(unraisable.object, 'cr_code', None)  # of a coroutine
+    if code is not None and 'orbax' in Path(code.co_filename).parts:
+      return
     if 'Event loop is closed' not in str(unraisable.exc_value):
       hook(unraisable)
 
-  # Reads that were under way beside a failed one complain when they end, which may be
-  # long after: then it stays.
+  # Reads that were under way beside a failed one complain when they end (TensorStore's
+  # of the closed loop, orbax's of being thrown away), which may be long after: then it
+  # stays.
   sys.unraisablehook = quiet
   try:
     yield

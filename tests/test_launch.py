@@ -369,9 +369,22 @@ def test_reads_that_end_after_a_failed_one_are_not_told_of(tmp_path, monkeypatch
     assert sys.unraisablehook is hook
     assert checkpoints.newest(lambda s: checkpoints.restore(s, STATE))[0] == 2
   other = ValueError('of something else')
-  for error in (RuntimeError('Event loop is closed'), other):
-    sys.unraisablehook(types.SimpleNamespace(exc_value=error))
-  assert told == [other]
+  for error, read in (
+    (RuntimeError('Event loop is closed'), None),
+    (Exception('Encountered error while reading'), coroutine_of('/x/orbax/a.py')),
+    (other, coroutine_of('/x/mine/a.py')),
+    (other, None),
+  ):
+    sys.unraisablehook(types.SimpleNamespace(exc_value=error, object=read))
+  assert told == [other, other]
+
+
+def coroutine_of(path):
+  names = {}
+  exec(compile('async def read(): pass', path, 'exec'), names)
+  coroutine = names['read']()
+  coroutine.close()
+  return coroutine
 
 
 def test_a_disk_that_does_not_answer_damages_nothing(tmp_path, monkeypatch):
