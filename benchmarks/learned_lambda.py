@@ -40,7 +40,7 @@ ROWS = {
     f'tolerance from {start:g}': (False, base.LEARNED | {'sparsity.start': start})
     for start in (1e-3, 1e-2, 1e-1, 0.5)
   },
-  **{f'budget {t:g}': (False, base.budget(t)) for t in (0.5, 0.7)},
+  **{f'budget {t:g}': (False, base.budget(t)) for t in (0.5, 0.6, 0.7)},
   'online': (False, base.LEARNED | HOLDOUT | {'sparsity.hypergradient': 'online'}),
   'meta': (True, {}),
   'meta holdout': (True, HOLDOUT),

@@ -48,8 +48,8 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
     How many pictures were predicted, and how many files skipped.
 
   Raises:
-    UserError: no exported network, no folder or no picture in it, or `target` cannot
-      be written to or is the same folder.
+    UserError: no exported network or another program, no folder or no picture in it, or
+      `target` cannot be written to or is the same folder.
   """
   try:
     card = json.loads((exported / 'model_card.json').read_text())
@@ -62,6 +62,12 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
       f'no exported network in {exported} ({e}); make one with --mode export'
     ) from None
   outputs = jax.tree.unflatten(network.out_tree, network.out_avals)
+  takes = [(x.ndim, x.dtype) for x in network.in_avals]
+  if takes != [(4, np.float32)] or not isinstance(outputs, dict):
+    raise UserError(
+      f'{exported / "model.stablehlo"} is another program, not one from images to a '
+      f'dict of predictions; make it with --mode export'
+    )
   if kinds.keys() != outputs.keys():
     raise UserError(
       f'{exported / "model_card.json"} is of another network: it names '

@@ -1029,7 +1029,8 @@ def _open(config, devices, workdir, *, skip_corrupt=False) -> Run:
       f'train.batch_size is {config.train.batch_size}, more than the '
       f'{parts.train.stored} images of the train split; choose a smaller one'
     )
-  if parts.hold_out is not None and not _uses_hold_out(config):
+  unused = parts.hold_out is not None and not _uses_hold_out(config)
+  if unused and processes.is_first():
     logger.warning(
       'data.hold_out=%g keeps %d of %d training images apart, and nothing in this '
       'configuration uses them; set data.hold_out=0 to train on them',

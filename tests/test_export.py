@@ -195,6 +195,16 @@ def test_what_cannot_be_predicted(exported, tmp_path):
   (damaged / 'model.stablehlo').write_bytes(content)
   with pytest.raises(UserError, match=r'is of another network: .*frowning.*smiling'):
     predict_folder(damaged, empty, tmp_path / 'out')
+  image = jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
+  for other, takes in (
+    (lambda x: {'parts': x, 'smiling': x}, [jax.ShapeDtypeStruct((3,), jnp.float32)]),
+    (lambda x, y: {'parts': x, 'smiling': y}, [image, image]),
+    (lambda x: x, [image]),
+  ):
+    program = jax.export.export(jax.jit(other))(*takes).serialize()
+    (damaged / 'model.stablehlo').write_bytes(program)
+    with pytest.raises(UserError, match='is another program, not one from images'):
+      predict_folder(damaged, empty, tmp_path / 'out')
   with pytest.raises(UserError, match='name another folder for the answers'):
     predict_folder(exported, empty, empty)
   with pytest.raises(UserError, match='nowhere: No such file'):
