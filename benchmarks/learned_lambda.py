@@ -41,7 +41,15 @@ ROWS = {
     for start in (1e-3, 1e-2, 1e-1, 0.5)
   },
   **{f'budget {t:g}': (False, base.budget(t)) for t in (0.5, 0.6, 0.7)},
-  'online': (False, base.LEARNED | HOLDOUT | {'sparsity.hypergradient': 'online'}),
+  **{
+    f'online from {start:g}': (
+      False,
+      base.LEARNED
+      | HOLDOUT
+      | {'sparsity.hypergradient': 'online', 'sparsity.start': start},
+    )
+    for start in (1e-3, 1e-2, 1e-1, 0.5)
+  },
   'meta': (True, {}),
   'meta holdout': (True, HOLDOUT),
   'meta budget 0.7': (True, base.budget(0.7)),
