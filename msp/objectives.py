@@ -343,14 +343,27 @@ def budget_violation(
   objective: Objective,
   groups: gr.Groups,
   params: PyTree,
-  unsettled: jax.Array | bool = False,
+  progress: jax.Array | float = 1.0,
 ) -> jax.Array:
-  """(removed − aim)/`BUDGET_BAND`, shape (); the aim is the target.
+  """(removed − aim)/`BUDGET_BAND`; the aim is the target, before it settles less.
 
-  While groups still come back but will settle (`unsettled`, shape (), bool) the aim is
-  target − `UNSETTLED` · target · (1 − target): the λ that holds the target itself
-  against the noise is needlessly large.
+  That is, progress · (target − `UNSETTLED` · target · (1 − target)) before. It rises:
+  a network that is sparse early learns less than one that is made sparse when it has
+  learned (gradual pruning, Zhu and Gupta, arXiv 1710.01878; here linear). And it stays
+  below the target: the λ that holds the target itself against the noise is needlessly
+  large.
+
+  Args:
+    objective: of kind 'budget'.
+    groups: which groups.
+    params: θ⁰.
+    progress: share of the steps before the pattern settles that are done, shape (); 1
+      or more: it has settled, or never will.
+
+  Returns:
+    Shape ().
   """
   target = objective.target
-  aim = target - jnp.where(unsettled, UNSETTLED * target * (1 - target), 0)
+  before = progress * (target - UNSETTLED * target * (1 - target))
+  aim = jnp.where(progress < 1, before, target)
   return (removed(objective, groups, params) - aim) / BUDGET_BAND

@@ -1085,6 +1085,10 @@ def _loop(run, state, progress, feed, checkpoints, writer):
   guarded = config.sparsity.coefficient == 'learned'
   guarded &= config.sparsity.objective == 'holdout'
   safe = start, _copy(_network(state)) if guarded else None
+  # The best network of a budget, and patience, are of those that may have met it.
+  rises_until = 0
+  if config.sparsity.coefficient == 'learned' and config.sparsity.objective == 'budget':
+    rises_until = experiment.settled or 0
 
   def record(step, metrics):
     starved = monitor.check(step, metrics)
@@ -1139,13 +1143,15 @@ def _loop(run, state, progress, feed, checkpoints, writer):
       if evaluating:
         values = run.evaluate(eval_step, state, run.splits.val)
         writer.write({'split': 'val', 'step': step, **values})
-        score = values.get('score', -math.inf)
         bar.say(f'step {step}: validation {summary(values, experiment.tasks)}')
+        if step > rises_until:
+          score = values.get('score', -math.inf)
+        since = max(progress.best_step, rises_until)
         if score > progress.best_score:
           progress = progress._replace(best_score=score, best_step=step)
-        elif c.patience and step - progress.best_step >= c.patience * c.evaluate_every:
+        elif c.patience and step - since >= c.patience * c.evaluate_every:
           progress = progress._replace(stopped=True)
-          bar.say(f'stopping: no better score since step {progress.best_step}')
+          bar.say(f'stopping: no better score since step {since}')
       meta = {'data': feed.get_state(), 'progress': progress._asdict()}
       checkpoints.save(step, state, meta, score)
       if guarded:

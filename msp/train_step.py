@@ -350,8 +350,8 @@ def make_train_step(
       if tangent is not None:
         tangent = jax.tree.map(lambda z: jnp.where(restored, 0, z), tangent)
     elif learned and objective.kind == 'budget':
-      unsettled = False if settled is None else state.step < settled
-      violation = objectives.budget_violation(objective, groups, params, unsettled)
+      progress = state.step / settled if settled else 1.0
+      violation = objectives.budget_violation(objective, groups, params, progress)
     if learned:
       direction = rho_gradient
       if violation is not None:

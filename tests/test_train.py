@@ -368,19 +368,38 @@ def test_evaluation_gives_the_numbers_of_the_run(finished, faces):
   assert json.loads((workdir / 'evaluation.json').read_text()) == result
 
 
-def test_early_stopping_stops_and_stays_stopped(faces, tmp_path, monkeypatch):
-  real = train.evaluate
-  scores = iter([0.5, 0.6, 0.6, 0.1, 0.9, 0.9, 0.9])
+def scored(monkeypatch, scores, evaluate=train.evaluate):
+  scores = iter(scores)
   monkeypatch.setattr(
-    train, 'evaluate', lambda *args: real(*args) | {'score': next(scores)}
+    train, 'evaluate', lambda *args: evaluate(*args) | {'score': next(scores)}
   )
+
+
+def test_a_budget_waits_for_its_target_before_it_stops(faces, tmp_path, monkeypatch):
+  scored(monkeypatch, [0.9, 0.8, 0.7, 0.2, 0.1, 0.1, 0.1, 0.1])
+  budget = {
+    'sparsity.objective': 'budget',
+    'sparsity.settle': 0.5,
+    'train.steps': 12,
+    'train.patience': 2,
+    'meta.inner_steps': 0,
+  }
+  run(config(faces, **budget), tmp_path)
+  validated = [row['step'] for row in rows(tmp_path) if row['split'] == 'val']
+  assert validated == [2, 4, 6, 8, 10, 12]
+  splits = {row['split']: row['step'] for row in rows(tmp_path)}
+  assert splits['test_best'] == 8  # the best of those after step 6
+
+
+def test_early_stopping_stops_and_stays_stopped(faces, tmp_path, monkeypatch):
+  scored(monkeypatch, [0.5, 0.6, 0.6, 0.1, 0.9, 0.9, 0.9])
   c = config(faces, **{'train.steps': 12, 'train.patience': 2})
   run(c, tmp_path)
   # best at step 4, two evaluations without a better one: 6 and 8
   validated = [row['step'] for row in rows(tmp_path) if row['split'] == 'val']
   assert validated == [2, 4, 6, 8]
   before = [row for row in rows(tmp_path) if row['split'] in ('train', 'val')]
-  scores = iter([0.9] * 9)
+  scored(monkeypatch, [0.9] * 9)
   run(c, tmp_path)
   after = [row for row in rows(tmp_path) if row['split'] in ('train', 'val')]
   assert after == before
