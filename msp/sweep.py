@@ -99,7 +99,10 @@ def run(sweep: ConfigDict, workdir: Path, *, skip_corrupt: bool = False) -> Path
     for (name, seed), why in failures.items():
       by_reason.setdefault(why, []).append(f'{name}, seed {seed}')
     more = lambda runs: f' and {len(runs) - 1} more' if len(runs) > 1 else ''
-    listed = '; '.join(f'{r[0]}{more(r)}: {why}' for why, r in by_reason.items())
+    reasons = [f'{r[0]}{more(r)}: {why}' for why, r in by_reason.items()]
+    listed = '; '.join(reasons[:3])
+    if len(reasons) > 3:
+      listed += f'; and more ({len(reasons) - 3}), see the log'
     where = f'; the others are in {page}' if finished else ''
     raise UserError(f'{len(failures)} of {len(plan)} runs failed: {listed}{where}')
   return page

@@ -202,6 +202,17 @@ def test_runs_that_fail_alike_are_told_of_once(tmp_path, monkeypatch):
   wanted = '4 of 4 runs failed: alone, seed 0 and 3 more: no such folder, True'
   assert str(caught.value) == wanted
 
+  def fail_otherwise(config, folder, *, skip_corrupt):
+    raise DataError(f'no {folder.parent.name}, {folder.name}')
+
+  monkeypatch.setattr(train, 'train', fail_otherwise)
+  with pytest.raises(UserError) as caught:
+    sweep.run(made, tmp_path)
+  assert str(caught.value) == (
+    '4 of 4 runs failed: alone, seed 0: no alone, 0; sparse, seed 0: no sparse, 0; '
+    'alone, seed 1: no alone, 1; and more (1), see the log'
+  )
+
 
 def test_the_first_runs_need_not_have_the_task_of_the_target(tmp_path, trained):
   made = make(seeds=(0,))
