@@ -829,6 +829,8 @@ def test_a_settled_budget_trains_what_is_left_without_a_penalty(inner_steps):
   assert moved_by > 0
   assert optax.tree.norm(optax.tree.sub(short, met)) > 1e-6
   assert not any(jnp.any(left[k] & ~keep[k]) for k in keep)
+  # In the first step before it settles the aim is 0, and all groups come back.
+  assert step(share + 0.05, settled=4)[1] == 0
   # Beyond it, and before it settles, groups come back.
   _, coefficient = learned(-12.0)  # so small that the prox lets them
   for target, settled in ((share - 0.1, 0), (share - 0.01, 1)):
