@@ -66,7 +66,7 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
   if takes != [(4, np.float32)] or not isinstance(outputs, dict):
     raise UserError(
       f'{exported / "model.stablehlo"} is another program, not one from images to a '
-      f'dict of predictions; make it with --mode export'
+      'dict of predictions; make it with --mode export'
     )
   if kinds.keys() != outputs.keys():
     raise UserError(
