@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     except (RuntimeError, ValueError) as e:
       sys.exit(f'error: --distributed found no cluster: {" ".join(str(e).split())}')
   import data
-  from msp import processes, report, sweep, train
+  from msp import dataset, processes, report, sweep, train, trained
   from msp.errors import UserError, one_line
 
   # Orbax and TFDS speak through it, and what they call an error they also raise.
@@ -74,17 +74,17 @@ def main(argv: list[str]) -> None:
         else f'{config.name} is one run; --mode sweep takes a file of configs/sweeps'
       )
     if _MODE.value == 'prepare':
-      path = train.prepare(config, skip_corrupt=_SKIP_CORRUPT.value)
-      print(f'prepared: {path}\nlook at it: {train.contact_sheet(config)}')
+      path = dataset.prepare(config, skip_corrupt=_SKIP_CORRUPT.value)
+      print(f'prepared: {path}\nlook at it: {dataset.contact_sheet(config)}')
     elif _MODE.value == 'report':
       print(f'report: {report.write(workdir)}')
     elif _MODE.value == 'compact':
-      path = train.compact_run(config, workdir)
+      path = trained.compact_run(config, workdir)
       print(f'compact: {path}' if path else 'no dead channel: nothing to remove')
     elif _MODE.value == 'export':
-      print(f'exported: {train.export_run(config, workdir)}')
+      print(f'exported: {trained.export_run(config, workdir)}')
     elif _MODE.value == 'evaluate':
-      train.evaluate_run(config, workdir)
+      trained.evaluate_run(config, workdir)
       print(f'evaluation: {workdir / "evaluation.json"}')
     elif _MODE.value == 'sweep':
       path = sweep.run(config, workdir, skip_corrupt=_SKIP_CORRUPT.value)

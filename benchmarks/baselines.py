@@ -22,11 +22,12 @@ import jax
 
 import data
 from benchmarks import learned_lambda
-from msp import compact, measure, prune, sweep, train
+from msp import compact, dataset, measure, prune, sweep
 from msp import groups as gr
 from msp import tasks as task_module
 from msp.checkpoint import Checkpoints
 from msp.errors import UserError
+from msp.experiment import build
 from msp.metrics import delta_m
 from msp.train_step import Combination, task_losses
 from msp.workdir import write
@@ -40,7 +41,7 @@ class Network:
   def __init__(self, config, workdir):
     """Reads the latest checkpoint."""
     self.config = config
-    self.experiment = train.build(config, data.labels(config.data.name))
+    self.experiment = build(config, data.labels(config.data.name))
     with Checkpoints(workdir) as checkpoints:
       state = checkpoints.restore_any(checkpoints.latest_step())
     state = jax.device_get(state)
@@ -122,7 +123,11 @@ def one_seed(arguments, seed):
   alive = {k: int(m.sum()) for k, m in gr.alive(groups, learned.params).items()}
   c = dense.config
   stream = data.train_iterator(
-    train.splits(c).train, c.tasks, batch_size=c.train.batch_size, seed=seed, flip=False
+    dataset.splits(c).train,
+    c.tasks,
+    batch_size=c.train.batch_size,
+    seed=seed,
+    flip=False,
   )
   gradients = dense.gradients([next(stream) for _ in range(4)])
   for criterion in prune.CRITERIA:

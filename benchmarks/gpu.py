@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.speed import Label
 from configs import common
-from msp import train
+from msp.experiment import build
 
 STEPS = 5  # under way at a time, so that the host's part is not what is timed
 HEADS = {
@@ -99,7 +99,7 @@ def ceiling(rounds, n=8192):
 
 
 def lower(config, heads, batches):
-  experiment = train.build(config, labels(heads))
+  experiment = build(config, labels(heads))
   state = jax.eval_shape(experiment.init, jax.random.key(0), batches['query'])
   step = jax.jit(experiment.train_step, donate_argnums=0)
   return experiment, step.lower(state, batches, jax.random.key(0))

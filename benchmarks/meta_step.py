@@ -19,7 +19,7 @@ import numpy as np
 
 import data
 from configs import celeba_meta
-from msp import train
+from msp.experiment import build
 
 
 def make_config(full: bool):
@@ -51,7 +51,7 @@ def make_batch(config, size):
 
 def lower(config):
   """The step of a configuration, lowered, with its arguments' shapes."""
-  experiment = train.build(config, data.labels(config.data.name))
+  experiment = build(config, data.labels(config.data.name))
   half = make_batch(config, config.train.batch_size // 2)
   batches = {'support': half, 'query': half, 'hold_out': half}
   state = jax.eval_shape(experiment.init, jax.random.key(0), half)

@@ -27,7 +27,7 @@ import optax
 import msp
 from configs import common
 from msp import groups as gr
-from msp import train
+from msp.experiment import build
 
 # Heads as of NYU-v2: classes, one channel, three channels.
 OUTPUTS = (40, 1, 3)
@@ -102,7 +102,7 @@ def show(times):
 
 def compiled_step(config, batch, inner):
   """A call that makes one training step, and the state it works on."""
-  experiment = train.build(config, labels())
+  experiment = build(config, labels())
   state = jax.jit(experiment.init)(jax.random.key(0), batch)
   batches = {'query': batch}
   if inner:

@@ -63,7 +63,7 @@ def run(sweep: ConfigDict, workdir: Path, *, skip_corrupt: bool = False) -> Path
   Args:
     sweep: see `configs.sweeps.base.new`.
     workdir: of the sweep; gets table.md, table.csv and report/.
-    skip_corrupt: see `train.prepare`.
+    skip_corrupt: see `dataset.prepare`.
 
   Returns:
     Path of the page with table and figures.

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import gpu, speed
-from msp import train
+from msp.experiment import build
 
 
 @pytest.mark.parametrize('mode', ['forward', 'reverse'])
@@ -11,7 +11,7 @@ def test_the_configurations_of_speed(mode):
   learned = {'sparsity.coefficient': 'learned', 'sparsity.hypergradient': mode}
   small = {f'model.{name}': value for name, value in speed.SMALL.items()}
   config = speed.make_config(48, 8, **small, **learned, **{'meta.inner_steps': 3})
-  experiment = train.build(config, speed.labels())
+  experiment = build(config, speed.labels())
   assert set(experiment.tasks) == {'task40', 'task1', 'task3'}
 
 
@@ -19,4 +19,4 @@ def test_the_configurations_of_speed(mode):
 @pytest.mark.parametrize('steps', [0, 5])
 def test_the_configurations_of_gpu(heads, steps):
   config = gpu.make_config(heads, 64, 4, steps)
-  assert set(train.build(config, gpu.labels(heads)).tasks) == set(heads)
+  assert set(build(config, gpu.labels(heads)).tasks) == set(heads)

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 import data
 from configs import common
 from data import DataError
-from msp import train, workdir
+from msp import experiment, run, train, trained, workdir
 from msp.checkpoint import Checkpoints
 from msp.errors import UserError, one_line
 
@@ -500,7 +500,7 @@ def test_what_the_operating_system_says_in_one_line(error, line):
 
 def test_evaluating_what_was_never_trained(tmp_path):
   with pytest.raises(UserError, match='no checkpoint in work directory'):
-    train.evaluate_run(config(tmp_path), tmp_path / 'run')
+    trained.evaluate_run(config(tmp_path), tmp_path / 'run')
   assert list(tmp_path.iterdir()) == []
 
 
@@ -522,8 +522,8 @@ def test_every_configuration_means_something(stem, given):
   coefficient = 'learned' if 'meta' in stem else 'fixed' if 'fixed' in given else 'none'
   assert c.sparsity.coefficient == coefficient
   labels = data.labels(c.data.name)
-  train.build(c, labels)
-  train._check_batch(c, 1)
+  experiment.build(c, labels)
+  run._check_batch(c, 1)
   text = ConfigDict(c).to_json_best_effort()
   assert 'Unserializable' not in text
 

@@ -13,7 +13,7 @@ import data
 from benchmarks import baselines, learned_lambda
 from configs.sweeps import base
 from data import DataError
-from msp import sweep, train, workdir
+from msp import experiment, sweep, train, workdir
 from msp.errors import UserError
 
 FILES = ('less_is_more', 'meta_sparsity', 'missing_labels', 'transfer', 'unseen_tasks')
@@ -326,7 +326,7 @@ def test_every_sweep_is_possible(file):
       config.initial = ''
       if config.sparsity.coefficient == 'frozen':
         config.sparsity.coefficient = 'none'
-      train._check(config)
+      experiment._check(config)
 
 
 def test_every_row_of_the_benchmark_of_learned_λ_is_possible():
@@ -335,7 +335,7 @@ def test_every_row_of_the_benchmark_of_learned_λ_is_possible():
   sweep.check(made)
   for entry in made.runs:
     config = sweep.configuration(made, entry, 0, Path('w'))
-    train.build(config, data.labels(config.data.name))
+    experiment.build(config, data.labels(config.data.name))
   (wide,) = learned_lambda.make('camvid', 'K = 5 from 0.5', 1, width=0.5).runs
   assert wide.config.model.width == 0.5
   assert (wide.config.meta.inner_steps, wide.config.sparsity.start) == (5, 0.5)

@@ -23,11 +23,15 @@ from PIL import Image
 
 import data
 from configs import common
-from msp import compact, train, writer
+from msp import compact, dataset, train, trained, writer
 from msp import groups as gr
+from msp import run as running
 from msp.checkpoint import Checkpoints
 from msp.errors import UserError
+from msp.experiment import build
 from msp.models import multitask
+from msp.monitor import Monitor
+from msp.train_state import TrainState
 
 STEPS, EVALUATE_EVERY = 6, 2
 
@@ -52,7 +56,7 @@ def _compile_once(tmp_path_factory):
 def faces(tmp_path_factory):
   """A prepared data set, shared by all runs."""
   folder = tmp_path_factory.mktemp('faces')
-  train.prepare(config(folder))
+  dataset.prepare(config(folder))
   return folder
 
 
@@ -136,7 +140,7 @@ def finished(faces, tmp_path_factory):
 def test_images_that_nothing_uses_are_told_of(
   faces, tmp_path, caplog, overrides, unused
 ):
-  run = train._open(config(faces, **overrides), jax.devices()[:1], tmp_path)
+  run = running.open_run(config(faces, **overrides), jax.devices()[:1], tmp_path)
   held = len(run.splits.hold_out or ())
   text = f'keeps {held} of {held + len(run.splits.train)} training images apart'
   assert (text in caplog.text) == unused
@@ -147,7 +151,7 @@ def test_another_configuration_is_told_of_before_data_are_made(
 ):
   other = config(faces, **{'data.prepared': str(tmp_path / 'new'), 'seed': 5})
   with pytest.raises(UserError, match='seed was 0, now 5'):
-    train.evaluate_run(other, finished[0])
+    trained.evaluate_run(other, finished[0])
   assert not (tmp_path / 'new').exists()
 
 
@@ -244,7 +248,7 @@ class Killed(BaseException):
 )
 def test_a_killed_run_goes_on_exactly(finished, faces, tmp_path, monkeypatch, after):
   """Killed before the first checkpoint, right after one, and between two."""
-  real, calls = train.Monitor.check, []
+  real, calls = Monitor.check, []
 
   def check(self, step, metrics):
     starved = real(self, step, metrics)
@@ -254,7 +258,7 @@ def test_a_killed_run_goes_on_exactly(finished, faces, tmp_path, monkeypatch, af
     return starved
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Monitor, 'check', check)
+    patch.setattr(Monitor, 'check', check)
     with pytest.raises(Killed):
       run(config(faces), tmp_path)
   assert calls[-1] == after + 1
@@ -286,7 +290,7 @@ def test_other_states_on_two_devices_go_on_exactly(
     },
   )
   train.train(c, tmp_path / 'whole', devices=jax.devices()[:2])
-  real = train.Monitor.check
+  real = Monitor.check
 
   def check(self, step, metrics):
     starved = real(self, step, metrics)
@@ -295,7 +299,7 @@ def test_other_states_on_two_devices_go_on_exactly(
     return starved
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Monitor, 'check', check)
+    patch.setattr(Monitor, 'check', check)
     with pytest.raises(Killed):
       train.train(c, tmp_path / 'killed', devices=jax.devices()[:2])
   train.train(c, tmp_path / 'killed', devices=jax.devices()[:2])
@@ -331,7 +335,7 @@ def test_a_run_asked_to_stop_saves_and_goes_on_exactly(
   finished, faces, tmp_path, monkeypatch
 ):
   """SIGTERM in the middle of step 3, which is no step of evaluation."""
-  real = train.Feed.next
+  real = running.Feed.next
   calls = []
 
   def with_signal(self, **options):
@@ -341,7 +345,7 @@ def test_a_run_asked_to_stop_saves_and_goes_on_exactly(
     return real(self, **options)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Feed, 'next', with_signal)
+    patch.setattr(running.Feed, 'next', with_signal)
     with pytest.raises(SystemExit) as caught:
       run(config(faces), tmp_path)
   assert caught.value.code == 128 + signal.SIGTERM
@@ -362,16 +366,16 @@ def test_a_finished_run_only_writes_its_report_again(finished, faces):
 
 def test_evaluation_gives_the_numbers_of_the_run(finished, faces):
   workdir = finished[0]
-  result = train.evaluate_run(config(faces), workdir, jax.devices()[:1])
+  result = trained.evaluate_run(config(faces), workdir, jax.devices()[:1])
   (tested,) = [row for row in rows(workdir) if row['split'] == 'test']
   assert result['test'].items() <= tested.items()
   assert json.loads((workdir / 'evaluation.json').read_text()) == result
 
 
-def scored(monkeypatch, scores, evaluate=train.evaluate):
+def scored(monkeypatch, scores, evaluate=running.evaluate):
   scores = iter(scores)
   monkeypatch.setattr(
-    train, 'evaluate', lambda *args: evaluate(*args) | {'score': next(scores)}
+    running, 'evaluate', lambda *args: evaluate(*args) | {'score': next(scores)}
   )
 
 
@@ -415,18 +419,19 @@ from pathlib import Path
 number, address, workdir, faces, kill = sys.argv[1:]
 jax.config.update('jax_platforms', 'cpu')
 jax.distributed.initialize(address, num_processes=2, process_id=int(number))
+from msp import run as running
 from msp import train
 from tests import test_train
 c = test_train.config(Path(faces))
-put = train.put
+put = running.put
 def stop_one(batch, sharding):  # before the first step; the other one hears of it
   if kill == number:
     os.kill(os.getpid(), signal.SIGTERM)
-  train.put = put
+  running.put = put
   return put(batch, sharding)
 if kill != 'none':
   def build(*arguments, real=train._loop):
-    train.put = stop_one
+    running.put = stop_one
     return real(*arguments)
   train._loop = build
 train.train(c, Path(workdir))
@@ -473,7 +478,7 @@ def test_two_processes_make_one_run(faces, tmp_path):
 
 @pytest.mark.slow
 def test_what_is_not_finite_stops_the_run_and_is_named(faces, tmp_path, monkeypatch):
-  real = train.build
+  real = build
 
   def poisoned(*arguments, **options):
     experiment = real(*arguments, **options)
@@ -493,7 +498,7 @@ def test_what_is_not_finite_stops_the_run_and_is_named(faces, tmp_path, monkeypa
 
     return experiment._replace(train_step=step)
 
-  monkeypatch.setattr(train, 'build', poisoned)
+  monkeypatch.setattr(running, 'build', poisoned)
   with pytest.raises(FloatingPointError) as caught:
     run(config(faces), tmp_path)
   assert str(caught.value).startswith('step 3: the gradient of backbone/')
@@ -524,7 +529,7 @@ def test_a_coefficient_that_starves_the_network_is_lowered(
   assert (
     max(row['group_sparsity'] for row in rows(whole) if row['split'] == 'val') < 0.5
   )
-  real = train.Monitor.check
+  real = Monitor.check
 
   def check(self, step, metrics):
     if step == 5:
@@ -532,7 +537,7 @@ def test_a_coefficient_that_starves_the_network_is_lowered(
     return real(self, step, metrics)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Monitor, 'check', check)
+    patch.setattr(Monitor, 'check', check)
     with pytest.raises(Killed):
       run(c, killed)
   run(c, killed)
@@ -561,7 +566,7 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
   assert last['alive_groups']['layer1_0/conv1'] == 1
 
   # What has died is removed, and nothing else changes.
-  page = train.compact_run(c, tmp_path, jax.devices()[:1])
+  page = trained.compact_run(c, tmp_path, jax.devices()[:1])
   assert page == tmp_path / 'compact' / 'compact.md'
   assert '| layer1_0/conv1 | 8 → 1 |' in page.read_text()
   content = json.loads((tmp_path / 'compact' / 'compact.json').read_text())
@@ -574,7 +579,7 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
       assert cost['backbone_flops'] < cost['kernel_flops']
       # XLA leaves the padding out and counts norms; at this size both are large.
       assert 0.3 < cost['flops'] / cost['kernel_flops'] < 1.5
-  experiment = train.build(c, data.labels(c.data.name))
+  experiment = build(c, data.labels(c.data.name))
   small = compact.read(tmp_path / 'compact', experiment.model)
   assert compact.compact(*small).model.backbone.shape == small.model.backbone.shape
 
@@ -582,7 +587,7 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
   stale = tmp_path / 'export' / 'model.onnx'
   stale.parent.mkdir()
   stale.write_text('of an earlier state')
-  file = train.export_run(c, tmp_path, jax.devices()[:1])
+  file = trained.export_run(c, tmp_path, jax.devices()[:1])
   assert not stale.exists() or b'earlier' not in stale.read_bytes()
   alone = jax.export.deserialize(bytearray(file.read_bytes()))
   assert set(alone.platforms) == {'cpu', 'cuda', 'tpu'}
@@ -604,32 +609,16 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
   file.parent.rmdir()
   file.parent.write_text('')
   with pytest.raises(UserError, match=r'cannot write to .*export'):
-    train.export_run(c, tmp_path, jax.devices()[:1])
+    trained.export_run(c, tmp_path, jax.devices()[:1])
   arrays = tmp_path / 'compact' / 'arrays.npz'
   arrays.write_bytes(arrays.read_bytes()[:1000])
   with pytest.raises(UserError, match='no compact network in'):
     compact.read(tmp_path / 'compact', experiment.model)
 
 
-def test_a_network_that_becomes_its_twin_is_reported(caplog):
-  params = {'backbone': {'c': {'kernel': np.ones((1, 1, 2, 2))}}}
-  monitor = train.Monitor(0, gr.find(params), params, search=8)
-  metrics = {'nonfinite': -1, 'loss': 1.0, 'alive': [2], 'lambda_relative': 0.125}
-  with caplog.at_level(logging.INFO, logger='msp'):
-    monitor.check(6, metrics | {'restored': False})
-    assert not caplog.records
-    monitor.check(7, metrics | {'restored': True})
-    monitor.check(8, metrics | {'restored': True})
-  in_vain, planned = caplog.records
-  assert in_vain.getMessage().startswith('step 7: a task is still over its tolerance')
-  assert '0.12' in in_vain.getMessage()
-  assert planned.levelno == logging.INFO  # nothing is wrong
-  assert planned.getMessage().startswith('step 8: λ/λ_max is 0.12 after the search')
-
-
 def test_a_batch_is_no_larger_than_the_data_set(faces, tmp_path):
   c = config(faces)
-  stored = train.splits(c).train.stored
+  stored = dataset.splits(c).train.stored
   c.train.batch_size = stored + 2
   with pytest.raises(
     UserError, match=f'is {stored + 2}, more than the {stored} images'
@@ -638,7 +627,7 @@ def test_a_batch_is_no_larger_than_the_data_set(faces, tmp_path):
   assert not (tmp_path / 'run').exists()
   c.train.batch_size = stored
   c.data.train_share = 0.1  # the scarce settings of the sweeps
-  train._open(c, jax.devices()[:1], None)
+  running.open_run(c, jax.devices()[:1], None)
 
 
 def test_a_fixed_coefficient_of_layers_without_a_gradient(faces):
@@ -646,7 +635,7 @@ def test_a_fixed_coefficient_of_layers_without_a_gradient(faces):
   overrides = {'coefficient': 'fixed', 'value': 1e-3, 'granularity': 'layer'}
   overrides = {f'sparsity.{name}': value for name, value in overrides.items()}
   c = config(faces, **overrides)
-  experiment = train.build(c, data.labels(c.data.name))
+  experiment = build(c, data.labels(c.data.name))
   batch = {'image': jnp.ones((2, 16, 16, 3)), 'valid': jnp.ones(2, bool)}
   batch |= {task: jnp.zeros(2, jnp.int32) for task in c.tasks}
   shapes = jax.eval_shape(experiment.init, jax.random.key(0), batch).params
@@ -659,35 +648,15 @@ def test_a_fixed_coefficient_of_layers_without_a_gradient(faces):
   np.testing.assert_allclose(jnp.exp(state.rho) * state.lambda_max, 1e-3, rtol=1e-6)
 
 
-def test_a_coefficient_that_is_no_number_is_noticed():
-  params = {'backbone': {'a': {'kernel': np.ones((1, 1, 8, 4), np.float32)}}}
-  monitor = train.Monitor(0, gr.find(params), params)
-  metrics = {'nonfinite': -1, 'loss': 1.0, 'alive': [8]}
-  with pytest.raises(FloatingPointError, match=r'step 3: lambda is nan$'):
-    monitor.check(3, metrics | {'lambda': np.array([1, np.nan])})
-
-
-@pytest.mark.parametrize(('axis', 'noticed'), [('in', True), ('weight', False)])
-def test_half_of_the_layers_all_but_dead_is_noticed(axis, noticed):
-  """Two of 32 channels are next to nothing; two of many weights may be enough."""
-  layer = lambda: {'kernel': np.ones((1, 1, 32, 4), np.float32)}
-  params = {'backbone': {'a': layer(), 'b': layer()}}
-  monitor = train.Monitor(1, gr.find(params, axis=axis), params)
-  metrics = {'nonfinite': -1, 'loss': 1.0}
-  assert not monitor.check(1, metrics | {'alive': [3, 32]})
-  assert monitor.check(2, metrics | {'alive': [2, 32]}) == noticed
-  assert monitor.check(3, metrics | {'alive': [1, 32]})  # at its floor
-
-
 def test_a_dense_run_has_nothing_to_remove(finished, faces):
   workdir, _ = finished
   before = sorted(path.name for path in workdir.iterdir())
-  assert train.compact_run(config(faces), workdir, jax.devices()[:1]) is None
+  assert trained.compact_run(config(faces), workdir, jax.devices()[:1]) is None
   assert sorted(path.name for path in workdir.iterdir()) == before
 
 
 def test_a_settled_run_trains_on_the_images_of_the_coefficient_too(faces):
-  one = train._open(config(faces), jax.devices()[:1], None)
+  one = running.open_run(config(faces), jax.devices()[:1], None)
   parts, feed = one.splits, one.feed()
   whole = sorted([*parts.train.indices, *parts.hold_out.indices])
   assert list(parts.with_hold_out(1.0, 0).indices) == whole
@@ -712,7 +681,7 @@ def test_a_settled_run_trains_on_the_images_of_the_coefficient_too(faces):
 def test_dead_groups_stay_dead_in_the_last_part_of_a_run(faces):
   fixed = {'sparsity.coefficient': 'fixed', 'sparsity.value': 1e-9}
   c = config(faces, **fixed, **{'meta.inner_steps': 0, 'train.steps': 10})
-  one = train._open(c, jax.devices()[:1], None)
+  one = running.open_run(c, jax.devices()[:1], None)
   groups, state = one.experiment.groups, one.initial_state()
   alive = gr.alive(groups, state.params)
   keep = {layer: np.arange(mask.size) % 2 == 0 for layer, mask in alive.items()}
@@ -763,12 +732,12 @@ def test_a_process_killed_at_a_random_moment_goes_on_exactly(faces, tmp_path):
 
 def test_a_batch_is_drawn_to_look_at(faces):
   c = config(faces, **{'tasks': ('segmentation', 'male', 'smiling')})
-  path = train.contact_sheet(c)
-  assert path == train.folders(c)[1] / 'celebamask_hq_16x16.png'
+  path = dataset.contact_sheet(c)
+  assert path == dataset.folders(c)[1] / 'celebamask_hq_16x16.png'
   with Image.open(path) as picture:
     colours = len(np.unique(np.asarray(picture.convert('RGB')).reshape(-1, 3), axis=0))
   assert colours > 200  # not an empty sheet
-  train.prepare(c)  # and it is not in the way of the data set
+  dataset.prepare(c)  # and it is not in the way of the data set
 
 
 @pytest.mark.slow
@@ -776,7 +745,7 @@ def test_adapting_to_an_unseen_task_with_a_frozen_pattern(faces, tmp_path):
   c = config(faces, **{'meta.inner_steps': 0, 'train.steps': 2, 'data.hold_out': 0.0})
   c.sparsity.coefficient = 'none'
   c.data.missing = 0.25
-  model = train.build(c, data.labels(c.data.name)).model
+  model = build(c, data.labels(c.data.name)).model
   params, stats = jax.device_get(multitask.init(model, jax.random.key(0), (16, 16, 3)))
   kernel = np.array(params['backbone']['layer2_0']['conv1']['kernel'])
   kernel[..., ::2, :] = 0
@@ -812,7 +781,7 @@ def test_adapting_to_an_unseen_task_with_a_frozen_pattern(faces, tmp_path):
 def test_training_goes_on_from_a_compact_network_and_from_that_run(faces, tmp_path):
   c = config(faces, **{'meta.inner_steps': 0, 'train.steps': 1})
   c.sparsity.coefficient = 'none'
-  model = train.build(c, data.labels(c.data.name)).model
+  model = build(c, data.labels(c.data.name)).model
   params, stats = multitask.init(model, jax.random.key(0), (16, 16, 3))
   kernel = np.array(params['backbone']['layer2_0']['conv1']['kernel'])
   kernel[..., ::2, :] = 0  # a sum's channels, which the shortcut still reads
@@ -828,12 +797,12 @@ def test_training_goes_on_from_a_compact_network_and_from_that_run(faces, tmp_pa
     unfinished = tmp_path / source / 'checkpoints' / '2.orbax-checkpoint-tmp'
     if source == 'second':
       unfinished.mkdir()
-    begun = train.build(c, data.labels(c.data.name))
+    begun = build(c, data.labels(c.data.name))
     assert unfinished.exists() == (source == 'second')
-    feed = train.Run(
+    feed = running.Run(
       c,
       begun,
-      data.open(c.data.name, train.folders(c)[1], (16, 16), 0.0),
+      data.open(c.data.name, dataset.folders(c)[1], (16, 16), 0.0),
       jax.make_mesh((1,), ('data',), axis_types=(AxisType.Auto,)),
     )
     state = feed.initial_state()
@@ -841,7 +810,7 @@ def test_training_goes_on_from_a_compact_network_and_from_that_run(faces, tmp_pa
       wanted = small
     else:
       with Checkpoints(tmp_path / 'second', read_only=True) as checkpoints:
-        wanted = train.TrainState(**checkpoints.restore_any(1))
+        wanted = TrainState(**checkpoints.restore_any(1))
     for part in ('backbone', 'heads'):
       jax.tree.map(
         np.testing.assert_array_equal,
@@ -857,6 +826,6 @@ def test_training_goes_on_from_a_compact_network_and_from_that_run(faces, tmp_pa
   # What they began from is not needed any more.
   shutil.rmtree(tmp_path / 'compact')
   c.initial = str(tmp_path / 'compact')
-  train.evaluate_run(c, tmp_path / 'second', jax.devices()[:1])
+  trained.evaluate_run(c, tmp_path / 'second', jax.devices()[:1])
   with pytest.raises(UserError, match='no compact network, work directory'):
-    train.build(c, data.labels(c.data.name))
+    build(c, data.labels(c.data.name))

@@ -1,0 +1,92 @@
+"""The data set that a configuration names: prepared, opened, and drawn to look at."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from ml_collections import ConfigDict
+
+import data
+from msp import figures
+from msp import tasks as task_module
+from msp import workdir as workdir_module
+
+PANELS = 6  # images on a sheet
+
+
+def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
+  """Brings the data set into its prepared form, once.
+
+  Args:
+    config: only `config.data` and, for a stand-in, nothing else counts.
+    skip_corrupt: leave unreadable files out instead of stopping.
+
+  Returns:
+    The folder of the prepared data set.
+  """
+  source, prepared = folders(config)
+  size = tuple(config.data.image_size)
+  if config.data.procedural_images:
+    data.render(config.data.name, source, config.data.procedural_images, size, 0)
+  return data.prepare(
+    config.data.name, source, prepared, size, skip_corrupt=skip_corrupt
+  )
+
+
+def contact_sheet(config: ConfigDict) -> Path:
+  """Draws a training batch with its flips and missing labels, to look at.
+
+  Args:
+    config: of a run whose data set is prepared.
+
+  Returns:
+    Path of the picture, beside the prepared data set: each image with its labels.
+  """
+  tasks = task_module.make(config.tasks, data.labels(config.data.name))
+  train_part = splits(config).train
+  stream = data.train_iterator(
+    train_part,
+    config.tasks,
+    batch_size=min(PANELS, len(train_part)),
+    seed=config.seed,
+    flip=config.data.flip,
+    missing=config.data.missing,
+  )
+  batch = next(stream)
+  panels = [
+    figures.TaskPanel(name, batch[name], None, task.classes, task.kind)
+    for name, task in tasks.items()
+  ]
+  image = np.round(batch['image'] * 255).astype(np.uint8)
+  rows, columns = config.data.image_size
+  path = folders(config)[1] / f'{config.data.name}_{rows}x{columns}.png'
+  with matplotlib.rc_context(figures.STYLE):
+    drawn = figures.predictions(image, panels)
+    workdir_module.write(path, lambda f: drawn.savefig(f, format='png'))
+  return path
+
+
+def splits(config: ConfigDict) -> data.Splits:
+  """The parts of a run's data set, which is prepared; see `data.open`."""
+  return data.open(
+    config.data.name,
+    folders(config)[1],
+    tuple(config.data.image_size),
+    config.data.hold_out,
+    train_share=config.data.train_share,
+    seed=config.seed,
+  )
+
+
+def folders(config):
+  """The folders of the published files and of the prepared copies.
+
+  A stand-in has its own, named by its settings: it is never mixed with real data,
+  nor with a stand-in of other settings.
+  """
+  c = config.data
+  if not c.procedural_images:
+    return Path(c.source), Path(c.prepared)
+  rows, columns = c.image_size
+  source = Path(f'{c.source}_{c.procedural_images}_{rows}x{columns}')
+  return source, Path(c.prepared) / source.name

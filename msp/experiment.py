@@ -1,0 +1,429 @@
+"""What a configuration means, as pure functions of arrays, and what it may not say."""
+
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+import data
+from msp import episodes, losses, objectives, transforms
+from msp import groups as gr
+from msp import initial as initial_module
+from msp import tasks as task_module
+from msp.errors import UserError
+from msp.hypergradient import MODES, SOLVERS, Solver, zero_tangent
+from msp.models import multitask
+from msp.prox import get_penalty
+from msp.train_state import TrainState
+from msp.train_step import Combination, Step, make_train_step, task_losses
+
+
+class Experiment(NamedTuple):
+  """What a configuration means, as functions of arrays."""
+
+  model: multitask.MultiTask
+  tasks: Mapping[str, task_module.Task]
+  groups: gr.Groups
+  init: Any  # (key, batch, (params, batch_stats) by path) -> TrainState
+  train_step: Step
+  settled: int | None  # steps after which dead groups stay dead
+  settled_step: Step | None  # instead of train_step from then on; λ stands still
+  initial: initial_module.Fitting  # what `init` takes instead of fresh arrays
+
+
+def build(
+  config: ConfigDict,
+  labels: Mapping[str, data.Label],
+  hold_out_images: int = 1,
+  workdir: Path | None = None,
+) -> Experiment:
+  """Turns a configuration into an `Experiment`.
+
+  Args:
+    config: see `configs/common.py`.
+    labels: of the data set, by task.
+    hold_out_images: images that λ is learned on, for standard errors over them.
+    workdir: of the run; once it has checkpoints, `config.initial` is not read again.
+
+  Returns:
+    The experiment; nothing has been computed yet.
+
+  Raises:
+    UserError: a field that is unknown, impossible, or at odds with another one.
+  """
+  _check(config)
+  tasks = task_module.make(
+    config.tasks,
+    labels,
+    loss_resolution=config.loss.resolution,
+    edge_loss=config.loss.edges,
+    depth_loss=config.loss.depth,
+  )
+  unroll = config.meta.unroll
+  unroll = jax.default_backend() == 'cpu' if unroll == 'auto' else unroll == 'yes'
+  network = dict(config.model)
+  if network['convolution_implementation'] == 'auto' and jax.default_backend() == 'cpu':
+    # XLA's own narrow convolutions are the faster ones on CPU, but 7 to 35 times slower
+    # in a loop body, where matrix products are not.
+    straight = unroll or config.meta.inner_steps == 0
+    # The solver of the implicit hypergradient is a loop, too.
+    straight &= config.sparsity.hypergradient != 'implicit'
+    network['convolution_implementation'] = 'mixed' if straight else 'matmul'
+  model = multitask.build(
+    {name: (task.head, task.outputs) for name, task in tasks.items()}, **network
+  )
+  if begun(workdir) and (shape := initial_module.kept_shape(workdir)):
+    initial = initial_module.Initial(shape=shape)
+  else:
+    initial = initial_module.read(config.initial, model)
+  model = model._replace(backbone=model.backbone.clone(shape=initial.shape))
+  shape = (*config.data.image_size, 3)
+  combination = Combination(config.loss.combination, _weights(config))
+
+  def init_model(key):
+    params, batch_stats = multitask.init(model, key, shape)
+    if combination.how == 'uncertainty':
+      params['log_vars'] = {name: jnp.zeros(()) for name in tasks}
+    return params, batch_stats
+
+  abstract, abstract_stats = jax.eval_shape(init_model, jax.random.key(0))
+  fitting = initial_module.fitting(initial, abstract, abstract_stats)
+  sparsity = config.sparsity
+  options = {k: v for k, v in sparsity.penalty_options.items() if v is not None}
+  penalty = get_penalty(sparsity.penalty, **options)
+  groups = gr.find(
+    abstract,
+    sparsity.pattern,
+    sparsity.axis,
+    sparsity.granularity,
+    multitask.streams(model),
+  )
+  has_coefficient = sparsity.coefficient in ('fixed', 'learned')
+  settled = None
+  if has_coefficient and sparsity.settle:
+    settled = round((1 - sparsity.settle) * config.train.steps)
+  learned = sparsity.coefficient == 'learned'
+  objective = _objective(config, model, shape, hold_out_images)
+  if learned and objective.kind == 'budget':
+    objectives.check_target(objective, groups, abstract, sparsity.min_alive)
+  differentiated = learned and objectives.differentiates(
+    objective.kind, len(groups.names)
+  )
+  online = differentiated and sparsity.hypergradient == 'online'
+  outer = _optimizer(
+    config.optimizer, 'optimizer', penalty, sparsity, groups, sparsity.metric, online
+  )
+  inner = _optimizer(
+    config.meta.optimizer,
+    'meta.optimizer',
+    penalty,
+    sparsity,
+    groups,
+    'euclidean',
+    differentiated,
+  )
+  rho_optimizer = transforms.build(
+    sparsity.optimizers[objective.kind], f'sparsity.optimizers.{objective.kind}'
+  )
+  _check_traced(config, abstract, outer, inner)
+  if differentiated and sparsity.hypergradient == 'implicit':
+    _check_fixed_point(config, abstract, inner)
+
+  def init(key, batch, arrays=({}, {})):
+    key_params, key_gradient = jax.random.split(key)
+    params, batch_stats = map(gr.replace, init_model(key_params), arrays)
+    state = TrainState(
+      jnp.zeros((), jnp.int32), params, batch_stats, outer.init(params)
+    )
+    if not has_coefficient:
+      return state
+    gradients = jax.grad(
+      lambda p: task_losses(
+        model, tasks, combination, p, batch_stats, batch, key_gradient
+      )[0]
+    )(params)
+    lambda_max = gr.lambda_max(groups, gradients)
+    if len(groups.names) == 1:
+      lambda_max = lambda_max[0]
+    if learned:
+      relative = sparsity.start
+    else:
+      # Without a gradient at the start a layer has no scale; its λ is `value` too.
+      lambda_max = jnp.where(lambda_max > 0, lambda_max, sparsity.value)
+      relative = sparsity.value / lambda_max
+    rho = jnp.log(jnp.broadcast_to(relative, lambda_max.shape))
+    state = state._replace(rho=rho, lambda_max=lambda_max)
+    if learned:
+      state = state._replace(rho_opt_state=rho_optimizer.init(rho))
+    if online:
+      moving = params, state.opt_state
+      state = state._replace(tangent=zero_tangent(moving, rho))
+    if learned and objective.kind == 'tolerance':
+      twin = objectives.make_twin(params, state.opt_state, batch_stats, len(tasks))
+      state = state._replace(twin=twin)
+    return state
+
+  make_step = functools.partial(
+    make_train_step,
+    model,
+    tasks,
+    groups,
+    outer,
+    combination=combination,
+    inner=inner,
+    inner_steps=config.meta.inner_steps,
+    episode_draw=config.meta.episodes,
+    exact=config.meta.exact,
+    objective=objective,
+    hypergradient=sparsity.hypergradient,
+    truncation=sparsity.truncation,
+    solver=Solver(**sparsity.solver),
+    tangent_decay=sparsity.tangent_decay,
+    tangent_max_norm=sparsity.tangent_max_norm,
+    settled=settled,
+    unroll=unroll,
+  )
+  train_step = make_step(rho_optimizer=rho_optimizer if learned else None)
+  # A budget that is not met still needs its λ.
+  stands_still = learned and settled is not None and objective.kind != 'budget'
+  settled_step = make_step() if stands_still else None
+  return Experiment(
+    model, tasks, groups, init, train_step, settled, settled_step, fitting
+  )
+
+
+def begun(workdir: Path | None) -> bool:
+  """Whether a run has a checkpoint, complete or not."""
+  return workdir is not None and any(
+    path.name.isdigit() for path in (workdir / 'checkpoints').glob('*')
+  )
+
+
+def uses_hold_out(config: ConfigDict) -> bool:
+  """Whether λ is learned on data of its own: a plain budget needs none."""
+  sparsity = config.sparsity
+  plain = sparsity.objective == 'budget' and sparsity.granularity == 'scalar'
+  own = sparsity.learn_on == 'hold_out' and not plain
+  return sparsity.coefficient == 'learned' and own
+
+
+def _objective(config, model, shape, hold_out_images):
+  """What λ is for."""
+  sparsity = config.sparsity
+  share = config.train.batch_size // (2 if config.meta.inner_steps else 1)
+  by_flops = sparsity.objective == 'budget' and sparsity.measure == 'flops'
+  objective = objectives.Objective(
+    kind=sparsity.objective,
+    target=sparsity.target,
+    measure=sparsity.measure,
+    positions=multitask.positions(model, shape) if by_flops else None,
+    tolerance=sparsity.tolerance,
+    search=search_steps(config),
+    hold_out_batches=max(hold_out_images / max(share, 1), 1.0),
+  )
+  objectives.check(objective)
+  return objective
+
+
+def search_steps(config: ConfigDict) -> int:
+  """The steps that only search for λ, see `Objective.search`."""
+  return round(config.sparsity.search * config.train.steps)
+
+
+def _check(config):
+  """The checks that need more than one field, or that no other module makes."""
+  choices = {
+    'sparsity.coefficient': ('none', 'frozen', 'fixed', 'learned'),
+    'sparsity.learn_on': ('hold_out', 'query'),
+    'sparsity.metric': ('adam', 'euclidean'),
+    'sparsity.hypergradient': MODES,
+    'sparsity.solver.name': SOLVERS,
+    'meta.unroll': ('auto', 'yes', 'no'),
+  }
+  for field, known in choices.items():
+    value = functools.reduce(lambda node, name: node[name], field.split('.'), config)
+    if value not in known:
+      raise UserError(f'{field} is {value!r}; known: {", ".join(known)}')
+  for field in ('train.steps', 'train.log_every', 'train.evaluate_every'):
+    section, name = field.split('.')
+    if config[section][name] < 1:
+      raise UserError(f'{field} is {config[section][name]}; it has to be at least 1')
+  for field in ('train.patience', 'data.eval_examples', 'sparsity.min_alive'):
+    section, name = field.split('.')
+    if config[section][name] < 0:
+      raise UserError(f'{field} is {config[section][name]}; it has to be at least 0')
+  size = config.data.image_size
+  whole = all(isinstance(n, int) for n in size)
+  if len(size) != 2 or not whole or min(size) < 16:
+    raise UserError(
+      f'data.image_size is {size}; it has to be two whole numbers, rows and columns, '
+      f'of at least 16'
+    )
+  if not 0 <= config.seed < 2**31:
+    raise UserError(f'seed is {config.seed}; it has to be in [0, 2^31)')
+  if not 0 < config.data.train_share <= 1:
+    raise UserError(
+      f'data.train_share is {config.data.train_share}; it has to be in (0, 1]'
+    )
+  missing = config.data.missing
+  if not 0 <= missing < 1 or (missing and len(config.tasks) < 2):
+    raise UserError(
+      f'data.missing is {missing}; it has to be in [0, 1), and 0 for a single task: '
+      f'images without any label would remain'
+    )
+  sparsity, inner_steps = config.sparsity, config.meta.inner_steps
+  if sparsity.coefficient == 'frozen' and not config.initial:
+    raise UserError(
+      'sparsity.coefficient=frozen keeps the dead groups of config.initial dead, and '
+      'that is empty; name a run there'
+    )
+  if inner_steps < 0:
+    raise UserError(f'meta.inner_steps is {inner_steps}; it has to be at least 0')
+  if sparsity.coefficient == 'fixed' and not 0 < sparsity.value < math.inf:
+    raise UserError(
+      f'sparsity.value is {sparsity.value}; a fixed λ has to be a number above 0 '
+      f'(for a dense run set sparsity.coefficient=none)'
+    )
+  if not 0 <= sparsity.settle < 1:
+    raise UserError(
+      f'sparsity.settle is {sparsity.settle}; the share of the steps, the last ones, '
+      f'in which dead groups stay dead has to be in [0, 1)'
+    )
+  if sparsity.coefficient != 'learned':
+    return
+  if sparsity.settle and sparsity.objective == 'budget':
+    inside = sparsity.penalty == 'sparse_group_lasso' and sparsity.axis != 'weight'
+    if inside and sparsity.measure == 'weights':
+      raise UserError(
+        'sparsity.measure=weights counts the zeros that sparse_group_lasso makes '
+        'inside of living groups, and those do not settle; set sparsity.settle=0 or '
+        'sparsity.measure=groups'
+      )
+  online = sparsity.hypergradient == 'online'
+  constrained = sparsity.objective != 'holdout' and sparsity.granularity == 'scalar'
+  if inner_steps == 0 and not online and not constrained:
+    raise UserError(
+      f'sparsity.hypergradient={sparsity.hypergradient} needs meta.inner_steps of at '
+      f'least 1: without inner steps it does not see λ. Set meta.inner_steps, or '
+      f'sparsity.hypergradient=online, or sparsity.coefficient=fixed'
+    )
+  truncated = sparsity.hypergradient == 'truncated'
+  if truncated and inner_steps and not 1 <= sparsity.truncation <= inner_steps:
+    raise UserError(
+      f'sparsity.truncation is {sparsity.truncation}; of meta.inner_steps='
+      f'{inner_steps} steps the derivative can see 1 to {inner_steps}'
+    )
+  if not 0 < sparsity.solver.tolerance < 1 or sparsity.solver.max_iterations < 1:
+    raise UserError(
+      f'sparsity.solver has tolerance {sparsity.solver.tolerance} and max_iterations '
+      f'{sparsity.solver.max_iterations}; it needs a tolerance in (0, 1) and at least '
+      f'one iteration'
+    )
+  if not 0 < sparsity.tangent_decay <= 1:
+    raise UserError(
+      f'sparsity.tangent_decay is {sparsity.tangent_decay}; it has to be in (0, 1]'
+    )
+  if not sparsity.tangent_max_norm > 0:
+    raise UserError(
+      f'sparsity.tangent_max_norm is {sparsity.tangent_max_norm}; it has to be above 0'
+    )
+  if not 0 <= sparsity.search < 1:
+    raise UserError(
+      f'sparsity.search is {sparsity.search}; the share of the steps that only search '
+      f'for λ has to be in [0, 1)'
+    )
+  if sparsity.search > 1 - sparsity.settle:
+    raise UserError(
+      f'sparsity.search is {sparsity.search} and sparsity.settle {sparsity.settle}: '
+      f'the search for λ has to end before dead groups stay dead'
+    )
+  if not 0 < sparsity.start <= 1:
+    raise UserError(
+      f'sparsity.start is {sparsity.start}; λ/λ_max has to start in (0, 1]'
+    )
+  if uses_hold_out(config) and not 0 < config.data.hold_out < 1:
+    raise UserError(
+      f'data.hold_out is {config.data.hold_out}; a learned λ needs a part of train '
+      f'of its own, a share in (0, 1), or sparsity.learn_on=query'
+    )
+
+
+def _weights(config):
+  if not all(isinstance(weight, int | float) for weight in config.loss.weights):
+    raise UserError(f'loss.weights is {config.loss.weights}; it has to be numbers')
+  wanted = len(config.tasks) if config.loss.combination == 'fixed' else 0
+  if len(config.loss.weights) != wanted:
+    raise UserError(
+      f'loss.weights has {len(config.loss.weights)} entries; '
+      f'loss.combination={config.loss.combination} takes {wanted or "none"}'
+      f'{", one for each task" if wanted else ""}'
+    )
+  return dict(zip(config.tasks, config.loss.weights, strict=wanted > 0))
+
+
+def _check_traced(config, params, outer, inner):
+  """The mistakes that tracing the step would find, before anything is written."""
+  zeros = dict.fromkeys(config.tasks, 0.0)
+  losses.combine(
+    zeros,
+    how=config.loss.combination,
+    weights=_weights(config),
+    log_vars=zeros,
+  )
+  jax.eval_shape(outer.init, params)
+  if config.meta.inner_steps:
+    jax.eval_shape(inner.init, params)
+    episodes.draw(jax.random.key(0), len(config.tasks), config.meta.episodes)
+
+
+def _check_fixed_point(config, params, inner):
+  """Refuses inner optimisers whose step is not one and the same map of θ."""
+  entries = config.meta.optimizer
+  moments = any(
+    jnp.issubdtype(leaf.dtype, jnp.floating)
+    for leaf in jax.tree.leaves(jax.eval_shape(inner.init, params))
+  )
+  scheduled = any(hasattr(entry.get('learning_rate'), 'items') for entry in entries)
+  if moments or scheduled:
+    raise UserError(
+      f'sparsity.hypergradient=implicit needs inner steps with a fixed point, but '
+      f'meta.optimizer has {"a schedule" if scheduled else "momentum or moments"}; use '
+      f'plain sgd there, or sparsity.hypergradient=forward'
+    )
+
+
+def _optimizer(entries, where, penalty, sparsity, groups, metric, differentiated):
+  """The chain that `entries` name, then the prox if there is a λ."""
+  chain = transforms.build(entries, where, differentiated=differentiated)
+  if sparsity.coefficient == 'none':
+    return chain
+  if sparsity.coefficient == 'frozen' or sparsity.settle:
+    chain = optax.chain(chain, transforms.freeze_dead(groups))
+  if sparsity.coefficient == 'frozen':
+    return chain
+  steps = [entry for entry in entries if 'learning_rate' in entry]
+  if not steps:
+    raise UserError(
+      f'{where}: no entry has a learning_rate, which the prox needs as its step size'
+    )
+  step = steps[-1]
+  learning_rate = transforms.step_size(step.learning_rate, where)
+  if metric == 'euclidean':
+    proximal = transforms.proximal(
+      penalty, groups, learning_rate, min_alive=sparsity.min_alive
+    )
+    return optax.chain(chain, proximal)
+  return transforms.adaptive_proximal(
+    chain,
+    penalty,
+    groups,
+    learning_rate,
+    min_alive=sparsity.min_alive,
+    **transforms.metric(step, where),
+  )

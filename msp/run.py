@@ -1,0 +1,259 @@
+"""An experiment with its data and its devices."""
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+import data
+from msp import dataset, processes
+from msp import groups as gr
+from msp.checkpoint import Checkpoints
+from msp.errors import UserError
+from msp.evaluate import evaluate, make_eval_step
+from msp.experiment import Experiment, build, uses_hold_out
+from msp.train_state import TrainState
+
+logger = logging.getLogger(__name__)
+
+PyTree = Any
+# For programs that run once, where compiling would take longer than running: drawing
+# the weights of the `:tiny` network compiles in a tenth of the time.
+ONCE_ON_CPU = {
+  'xla_backend_optimization_level': 0,
+  'xla_cpu_use_fusion_emitters': False,
+}
+
+
+class Feed(NamedTuple):
+  """The batches of a run: the streams, and how arrays reach the devices."""
+
+  # Iterators with get_state / set_state: 'train', and if λ has data of its own
+  # 'hold_out', and 'all' for the steps in which it stands still.
+  streams: Mapping[str, Any]
+  inner_steps: int
+  sharding: NamedSharding
+
+  def next(self, *, settled: bool = False) -> dict[str, dict[str, jax.Array]]:
+    """The parts of one step: 'query', and 'support' and 'hold_out' if used.
+
+    With `settled` the images of both streams are there to train on.
+    """
+    batch = next(self.streams['all' if settled else 'train'])
+    parts = {'query': batch}
+    if self.inner_steps:
+      half = len(batch['image']) // 2
+      parts = {
+        'support': {name: x[:half] for name, x in batch.items()},
+        'query': {name: x[half:] for name, x in batch.items()},
+      }
+    if 'hold_out' in self.streams and not settled:
+      parts['hold_out'] = next(self.streams['hold_out'])
+    return put(parts, self.sharding)
+
+  def get_state(self) -> dict:
+    """Position of the streams, for a checkpoint."""
+    return {name: stream.get_state() for name, stream in self.streams.items()}
+
+  def set_state(self, state: Mapping) -> None:
+    """Puts the streams where `get_state` found them."""
+    for name, stream in self.streams.items():
+      stream.set_state(state[name])
+
+
+def put(batch: PyTree, sharding: NamedSharding) -> PyTree:
+  """Host arrays to devices, the leading axis spread over the mesh's data axis."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+  )
+
+
+class Run(NamedTuple):
+  """An experiment with its data and its devices."""
+
+  config: ConfigDict
+  experiment: Experiment
+  splits: data.Splits
+  mesh: Mesh
+
+  @property
+  def sharded(self) -> NamedSharding:
+    """The leading axis spread over the devices: batches."""
+    return NamedSharding(self.mesh, PartitionSpec('data'))
+
+  @property
+  def replicated(self) -> NamedSharding:
+    """A copy on every device: states and metrics."""
+    return NamedSharding(self.mesh, PartitionSpec())
+
+  def feed(self) -> Feed:
+    """The training streams, at their beginning."""
+    c = self.config
+    stream = functools.partial(
+      data.train_iterator,
+      tasks=c.tasks,
+      flip=c.data.flip,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    training = functools.partial(
+      stream, batch_size=c.train.batch_size, seed=c.seed, missing=c.data.missing
+    )
+    streams = {'train': training(self.splits.train)}
+    if uses_hold_out(c):
+      # As many hold-out images as query images.
+      share = c.train.batch_size // (2 if c.meta.inner_steps else 1)
+      hold_out = stream(self.splits.hold_out, batch_size=share, seed=c.seed + 1)
+      streams['hold_out'] = hold_out
+    if self.experiment.settled_step is not None:
+      whole = self.splits.with_hold_out(c.data.train_share, c.seed)
+      streams['all'] = training(whole)
+    return Feed(streams, c.meta.inner_steps, self.sharded)
+
+  def initial_state(self, *, abstract: bool = False) -> TrainState:
+    """The state at step 0, replicated; its shapes only if `abstract`."""
+    batch = self.feed().next()['query']
+    init = self.once(self.experiment.init, out_shardings=self.replicated)
+    key = jax.random.key(self.config.seed)
+    params, batch_stats, fresh, unused = self.experiment.initial
+    if not abstract:
+      if params:
+        few = lambda names: ', '.join(names[:3]) + (', …' if len(names) > 3 else '')
+        logger.info(
+          'initial weights: %d arrays of %s; fresh: %d %s; of no use: %d %s',
+          len(params) + len(batch_stats),
+          self.config.initial,
+          len(fresh),
+          few(fresh),
+          len(unused),
+          few(unused),
+        )
+      return init(key, batch, (params, batch_stats))
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated),
+      jax.eval_shape(init, key, batch, (params, batch_stats)),
+    )
+
+  def newest(self, checkpoints: Checkpoints) -> tuple[int, tuple] | None:
+    """The latest step with a readable checkpoint, and its (state, meta)."""
+    target = functools.cache(lambda: self.initial_state(abstract=True))
+    return checkpoints.newest(lambda step: checkpoints.restore(step, target()))
+
+  def once(self, function, **options):
+    """`jax.jit` of what runs once."""
+    if self.mesh.devices.flat[0].platform == 'cpu':
+      options['compiler_options'] = ONCE_ON_CPU
+    return jax.jit(function, **options)
+
+  def evaluate(self, eval_step, state: TrainState, source: data.Source) -> dict:
+    """Metrics of a state on one split; see `msp.evaluate.evaluate`."""
+    c = self.config
+    batches = data.eval_batches(
+      source,
+      c.tasks,
+      batch_size=c.train.batch_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      limit=c.data.eval_examples or None,
+    )
+    values = evaluate(
+      eval_step,
+      self.experiment.tasks,
+      state.params,
+      state.batch_stats,
+      (put(batch, self.sharded) for batch in batches),
+    )
+    counted = jax.device_get(gr.sparsity(self.experiment.groups, state.params))
+    alive = zip(self.experiment.groups.layers, counted.alive, strict=True)
+    return values | {
+      'group_sparsity': float(counted.groups),
+      'weight_sparsity': float(counted.weights),
+      'alive_groups': {gr.short_name(name): int(n) for name, n in alive},
+    }
+
+  def eval_step(self):
+    """The jitted evaluation step."""
+    return jax.jit(
+      make_eval_step(self.experiment.model, self.experiment.tasks),
+      out_shardings=self.replicated,
+    )
+
+
+def open_run(
+  config: ConfigDict,
+  devices: Sequence[jax.Device] | None,
+  workdir: Path | None,
+  *,
+  skip_corrupt: bool = False,
+) -> Run:
+  """Opens a run, its data prepared; checks all that can be before anything is written.
+
+  Args:
+    config: see `configs/common.py`.
+    devices: those to use; None: all.
+    workdir: of the run, see `experiment.build`; None: it has none.
+    skip_corrupt: see `dataset.prepare`.
+
+  Returns:
+    The run; its work directory is untouched.
+
+  Raises:
+    UserError, data.DataError: what is wrong with the configuration or the data.
+  """
+  devices = jax.devices() if devices is None else devices
+  # jax.make_mesh would make explicit axes, which ordinary code does not run on.
+  mesh = jax.make_mesh(
+    (len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices
+  )
+  labels = data.labels(config.data.name)
+  build(config, labels, workdir=workdir)  # tells what is wrong with the configuration
+  _check_batch(config, len(devices))
+  processes.first_does(lambda: dataset.prepare(config, skip_corrupt=skip_corrupt))
+  if not processes.is_first():  # finds it done, or has a disk of its own
+    dataset.prepare(config, skip_corrupt=skip_corrupt)
+  parts = dataset.splits(config)
+  # A train_share may be smaller than a batch, which then has some images twice.
+  if config.train.batch_size > parts.train.stored:
+    raise UserError(
+      f'train.batch_size is {config.train.batch_size}, more than the '
+      f'{parts.train.stored} images of the train split; choose a smaller one'
+    )
+  unused = parts.hold_out is not None and not uses_hold_out(config)
+  if unused and processes.is_first():
+    logger.warning(
+      'data.hold_out=%g keeps %d of %d training images apart, and nothing in this '
+      'configuration uses them; set data.hold_out=0 to train on them',
+      config.data.hold_out,
+      len(parts.hold_out),
+      len(parts.hold_out) + len(parts.train),
+    )
+  own = parts.train if config.sparsity.learn_on == 'query' else parts.hold_out
+  hold_out_images = 1 if own is None else len(own)
+  experiment = build(config, labels, hold_out_images, workdir)
+  logger.info(
+    'groups: %d kernels match %r',
+    len(experiment.groups.layers),
+    config.sparsity.pattern,
+  )
+  return Run(config, experiment, parts, mesh)
+
+
+def _check_batch(config, devices):
+  size, parts = config.train.batch_size, ['query']
+  if config.meta.inner_steps:
+    parts.insert(0, 'support')
+  if uses_hold_out(config):
+    parts.append('hold-out')
+  share = size // 2 if config.meta.inner_steps else size
+  if share < 1 or size % (2 if config.meta.inner_steps else 1) or share % devices:
+    least = devices * (2 if config.meta.inner_steps else 1)
+    raise UserError(
+      f'train.batch_size={size} is too small or does not divide for '
+      f'{" + ".join(parts)} on {devices} device(s): use a multiple of {least}'
+    )

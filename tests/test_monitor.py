@@ -1,0 +1,45 @@
+"""What a run's numbers are watched for."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from msp import groups as gr
+from msp.monitor import Monitor
+
+
+def test_a_network_that_becomes_its_twin_is_reported(caplog):
+  params = {'backbone': {'c': {'kernel': np.ones((1, 1, 2, 2))}}}
+  monitor = Monitor(0, gr.find(params), params, search=8)
+  metrics = {'nonfinite': -1, 'loss': 1.0, 'alive': [2], 'lambda_relative': 0.125}
+  with caplog.at_level(logging.INFO, logger='msp'):
+    monitor.check(6, metrics | {'restored': False})
+    assert not caplog.records
+    monitor.check(7, metrics | {'restored': True})
+    monitor.check(8, metrics | {'restored': True})
+  in_vain, planned = caplog.records
+  assert in_vain.getMessage().startswith('step 7: a task is still over its tolerance')
+  assert '0.12' in in_vain.getMessage()
+  assert planned.levelno == logging.INFO  # nothing is wrong
+  assert planned.getMessage().startswith('step 8: λ/λ_max is 0.12 after the search')
+
+
+def test_a_coefficient_that_is_no_number_is_noticed():
+  params = {'backbone': {'a': {'kernel': np.ones((1, 1, 8, 4), np.float32)}}}
+  monitor = Monitor(0, gr.find(params), params)
+  metrics = {'nonfinite': -1, 'loss': 1.0, 'alive': [8]}
+  with pytest.raises(FloatingPointError, match=r'step 3: lambda is nan$'):
+    monitor.check(3, metrics | {'lambda': np.array([1, np.nan])})
+
+
+@pytest.mark.parametrize(('axis', 'noticed'), [('in', True), ('weight', False)])
+def test_half_of_the_layers_all_but_dead_is_noticed(axis, noticed):
+  """Two of 32 channels are next to nothing; two of many weights may be enough."""
+  layer = lambda: {'kernel': np.ones((1, 1, 32, 4), np.float32)}
+  params = {'backbone': {'a': layer(), 'b': layer()}}
+  monitor = Monitor(1, gr.find(params, axis=axis), params)
+  metrics = {'nonfinite': -1, 'loss': 1.0}
+  assert not monitor.check(1, metrics | {'alive': [3, 32]})
+  assert monitor.check(2, metrics | {'alive': [2, 32]}) == noticed
+  assert monitor.check(3, metrics | {'alive': [1, 32]})  # at its floor
