@@ -103,6 +103,8 @@ def base() -> ConfigDict:
   config.sparsity.search = 0.0  # of 'tolerance': share of the steps, see msp.objectives
   config.sparsity.target = 0.5  # of 'budget': the share to remove, of
   config.sparsity.measure = 'groups'  # 'groups' | 'weights' | 'flops'
+  # Share of the steps in which it is approached, until dead groups stay dead at most.
+  config.sparsity.rise = 0.6
   # ρ's optimiser under each objective. A hypergradient has no scale of its own; the
   # signal of a constraint has: it is 0 where the constraint holds exactly.
   bounds = dict(name='bounded', lower=-6.9, upper=0.0)

@@ -32,6 +32,7 @@ class Experiment(NamedTuple):
   groups: gr.Groups
   init: Any  # (key, batch, (params, batch_stats) by path) -> TrainState
   train_step: Step
+  objective: objectives.Objective
   settled: int | None  # steps after which dead groups stay dead
   settled_step: Step | None  # instead of train_step from then on; λ stands still
   initial: initial_module.Fitting  # what `init` takes instead of fresh arrays
@@ -157,6 +158,8 @@ def build(
       # Without a gradient at the start a layer has no scale; its λ is `value` too.
       lambda_max = jnp.where(lambda_max > 0, lambda_max, sparsity.value)
       relative = sparsity.value / lambda_max
+    # Of λ_max's own type, or the step would be compiled again for its own output.
+    relative = jnp.asarray(relative, lambda_max.dtype)
     rho = jnp.log(jnp.broadcast_to(relative, lambda_max.shape))
     state = state._replace(rho=rho, lambda_max=lambda_max)
     if learned:
@@ -167,6 +170,9 @@ def build(
     if learned and objective.kind == 'tolerance':
       twin = objectives.make_twin(params, state.opt_state, batch_stats, len(tasks))
       state = state._replace(twin=twin)
+    if learned and objective.kind == 'budget':
+      share = objectives.removed(objective, groups, params)
+      state = state._replace(removed_at_start=share)
     return state
 
   make_step = functools.partial(
@@ -194,7 +200,15 @@ def build(
   stands_still = learned and settled is not None and objective.kind != 'budget'
   settled_step = make_step() if stands_still else None
   return Experiment(
-    model, tasks, groups, init, train_step, settled, settled_step, fitting
+    model,
+    tasks,
+    groups,
+    init,
+    train_step,
+    objective,
+    settled,
+    settled_step,
+    fitting,
   )
 
 
@@ -217,6 +231,8 @@ def _objective(config, model, shape, hold_out_images):
   """What λ is for."""
   sparsity = config.sparsity
   share = config.train.batch_size // (2 if config.meta.inner_steps else 1)
+  # No longer than until dead groups stay dead.
+  rise = round(min(sparsity.rise, 1 - sparsity.settle) * config.train.steps)
   by_flops = sparsity.objective == 'budget' and sparsity.measure == 'flops'
   objective = objectives.Objective(
     kind=sparsity.objective,
@@ -224,16 +240,12 @@ def _objective(config, model, shape, hold_out_images):
     measure=sparsity.measure,
     positions=multitask.positions(model, shape) if by_flops else None,
     tolerance=sparsity.tolerance,
-    search=search_steps(config),
+    search=round(sparsity.search * config.train.steps),
+    rise=rise,
     hold_out_batches=max(hold_out_images / max(share, 1), 1.0),
   )
   objectives.check(objective)
   return objective
-
-
-def search_steps(config: ConfigDict) -> int:
-  """The steps that only search for λ, see `Objective.search`."""
-  return round(config.sparsity.search * config.train.steps)
 
 
 def _check(config):
@@ -337,6 +349,11 @@ def _check(config):
     raise UserError(
       f'sparsity.search is {sparsity.search}; the share of the steps that only search '
       f'for λ has to be in [0, 1)'
+    )
+  if not 0 <= sparsity.rise <= 1:
+    raise UserError(
+      f'sparsity.rise is {sparsity.rise}; the share of the steps in which a budget is '
+      f'approached has to be in [0, 1]'
     )
   if sparsity.search > 1 - sparsity.settle:
     raise UserError(

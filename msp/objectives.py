@@ -56,6 +56,7 @@ class Objective(NamedTuple):
     tolerance: of 'tolerance', ε ≥ 0, the relative increase of the hold-out loss that
       is allowed, or one standard error of the twin's loss if that is more.
     search: of 'tolerance', steps that only search for λ; 0: none.
+    rise: of 'budget', steps in which its aim rises; 0: it is the target at once.
     hold_out_batches: hold-out images / images a batch, for the standard error.
     decay: of the running means.
   """
@@ -66,6 +67,7 @@ class Objective(NamedTuple):
   positions: Mapping[str, int] | None = None
   tolerance: float = 0.0
   search: int = 0
+  rise: int = 0
   hold_out_batches: float = 1.0
   decay: float = 0.95
 
@@ -343,27 +345,35 @@ def budget_violation(
   objective: Objective,
   groups: gr.Groups,
   params: PyTree,
-  progress: jax.Array | float = 1.0,
+  at_start: jax.Array | float = 0.0,
+  step: jax.Array | float = math.inf,
+  settled: int | None = None,
 ) -> jax.Array:
-  """(removed − aim)/`BUDGET_BAND`; the aim is the target, before it settles less.
+  """(removed − aim)/`BUDGET_BAND`; the aim rises, and ends as the target.
 
-  That is, progress · (target − `UNSETTLED` · target · (1 − target)) before. It rises:
-  a network that is sparse early learns less than one that is made sparse when it has
-  learned (gradual pruning, Zhu and Gupta, arXiv 1710.01878; here linear). And it stays
-  below the target: the λ that holds the target itself against the noise is needlessly
-  large.
+  From a, the share gone at the start, to b in `objective.rise` steps: after t of them
+  it is a + (b − a) min(t/rise, 1). It rises because a network that is sparse early
+  learns less than one that is made sparse when it has learned (gradual pruning, Zhu and
+  Gupta, arXiv 1710.01878; here linear).
+
+  b is target − `UNSETTLED` · target · (1 − target) until the pattern settles: the λ
+  that holds the target itself against the noise is needlessly large. Settled, and
+  after the rise if it never will, the aim is the target.
 
   Args:
     objective: of kind 'budget'.
     groups: which groups.
     params: θ⁰.
-    progress: share of the steps before the pattern settles that are done, shape (); 1
-      or more: it has settled, or never will.
+    at_start: a, shape ().
+    step: outer steps done, shape ().
+    settled: steps after which the pattern settles; None: never.
 
   Returns:
     Shape ().
   """
-  target = objective.target
-  before = progress * (target - UNSETTLED * target * (1 - target))
-  aim = jnp.where(progress < 1, before, target)
+  target, rise = objective.target, objective.rise
+  below = target - UNSETTLED * target * (1 - target)
+  progress = jnp.minimum(step / rise, 1) if rise else 1.0
+  before = at_start + progress * (below - at_start)
+  aim = jnp.where(step < (rise if settled is None else settled), before, target)
   return (removed(objective, groups, params) - aim) / BUDGET_BAND

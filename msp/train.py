@@ -21,7 +21,7 @@ from msp.checkpoint import Checkpoints, DamagedCheckpointError
 from msp.console import Bar, Clock, Interruption
 from msp.errors import UserError
 from msp.evaluate import make_predict
-from msp.experiment import begun, search_steps
+from msp.experiment import begun
 from msp.monitor import Monitor, flatten, summary
 from msp.run import open_run
 from msp.writer import MetricWriter, SilentWriter
@@ -155,7 +155,10 @@ def _loop(run, state, progress, feed, checkpoints, writer):
   images = len(run.splits.train)
   clock = Clock(start)
   monitor = Monitor(
-    config.sparsity.min_alive, experiment.groups, state.params, search_steps(config)
+    config.sparsity.min_alive,
+    experiment.groups,
+    state.params,
+    experiment.objective.search,
   )
   logger.info('compiling the training step (the first one takes a while)')
 
@@ -166,7 +169,7 @@ def _loop(run, state, progress, feed, checkpoints, writer):
   # The best network of a budget, and patience, are of those that may have met it.
   rises_until = 0
   if config.sparsity.coefficient == 'learned' and config.sparsity.objective == 'budget':
-    rises_until = experiment.settled or 0
+    rises_until = experiment.settled or experiment.objective.rise
 
   def record(step, metrics):
     starved = monitor.check(step, metrics)

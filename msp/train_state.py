@@ -24,6 +24,8 @@ class TrainState(NamedTuple):
       the hypergradient is 'online'.
     twin: the dense reference of the objective 'tolerance', see `msp.objectives`;
       None for the others.
+    removed_at_start: share that is gone from θ's first values, shape (); None unless
+      the objective is 'budget'.
   """
 
   step: jax.Array
@@ -35,6 +37,7 @@ class TrainState(NamedTuple):
   rho_opt_state: PyTree = None
   tangent: PyTree = None
   twin: PyTree = None
+  removed_at_start: jax.Array | None = None
 
 
 def coefficient(

@@ -350,8 +350,9 @@ def make_train_step(
       if tangent is not None:
         tangent = jax.tree.map(lambda z: jnp.where(restored, 0, z), tangent)
     elif learned and objective.kind == 'budget':
-      progress = state.step / settled if settled else 1.0
-      violation = objectives.budget_violation(objective, groups, params, progress)
+      violation = objectives.budget_violation(
+        objective, groups, params, state.removed_at_start, state.step, settled
+      )
     if learned:
       direction = rho_gradient
       if violation is not None:
@@ -397,6 +398,7 @@ def make_train_step(
       rho_opt_state,
       tangent,
       twin,
+      state.removed_at_start,
     )
     return new_state, metrics
 

@@ -183,6 +183,7 @@ MISTAKES = [
   ({'data.missing': 1.0}, r'data.missing is 1\.0; it has to be in \[0, 1\)'),
   ({'data.missing': 0.1, 'tasks': ('male',)}, 'and 0 for a single task'),
   ({'sparsity.search': 52.0}, r'search is 52\.0; .* in \[0, 1\)'),
+  ({'sparsity.rise': -0.1}, r'rise is -0\.1; .* in \[0, 1\]'),
   ({'sparsity.settle': 1.0}, r'settle is 1\.0; .* in \[0, 1\)'),
   ({'sparsity.search': 0.7}, r'settle 0\.4: the search for λ has to end before'),
   (

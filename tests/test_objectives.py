@@ -144,11 +144,26 @@ def test_removed_counts_groups_weights_and_flops():
   assert objectives.budget_violation(o, groups, params()) > 0
   o = Objective('budget', target=0.9)
   assert objectives.budget_violation(o, groups, params()) < 0
-  # Before it settles the aim of a budget rises, to 0.6 - 0.5 · 0.6 · 0.4 = 0.48.
-  o = Objective('budget', target=0.6)
-  for progress, aim in ((0, 0), (0.5, 0.24), (0.999, 0.47952), (1, 0.6), (1.5, 0.6)):
-    got = objectives.budget_violation(o, groups, params(), progress)
-    np.testing.assert_allclose(got, (7 / 12 - aim) / 0.05, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('rise', 'at_start', 'settled', 'aims'),
+  [
+    # Before it settles it rises to 0.6 − 0.5 · 0.6 · 0.4 = 0.48, and waits there.
+    (4, 0.0, 8, {0: 0, 1: 0.12, 2: 0.24, 4: 0.48, 7: 0.48, 8: 0.6, 9: 0.6}),
+    (4, 0.0, None, {0: 0, 3: 0.36, 4: 0.6, 9: 0.6}),
+    (4, 0.4, 4, {0: 0.4, 2: 0.44, 4: 0.6}),  # of a network that is sparse already
+    (4, 0.9, 4, {0: 0.9, 2: 0.69, 4: 0.6}),
+    (0, 0.0, 8, {0: 0.48, 8: 0.6}),
+    (0, 0.0, None, {0: 0.6}),
+  ],
+)
+def test_the_aim_of_a_budget_rises(rise, at_start, settled, aims):
+  groups = gr.find(params())
+  o = Objective('budget', target=0.6, rise=rise)
+  for step, aim in aims.items():
+    got = objectives.budget_violation(o, groups, params(), at_start, step, settled)
+    np.testing.assert_allclose(got, (7 / 12 - aim) / 0.05, rtol=1e-5, err_msg=step)
 
 
 def test_a_budget_is_met_in_a_band_above_its_target():

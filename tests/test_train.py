@@ -630,6 +630,28 @@ def test_a_batch_is_no_larger_than_the_data_set(faces, tmp_path):
   running.open_run(c, jax.devices()[:1], None)
 
 
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    {},
+    {'meta.inner_steps': 0, 'sparsity.objective': 'tolerance'},
+    {'meta.inner_steps': 0, 'sparsity.objective': 'budget'},
+    {'meta.inner_steps': 0, 'sparsity.hypergradient': 'online'},
+    {'sparsity.granularity': 'stage'},
+    {'sparsity.coefficient': 'fixed', 'sparsity.value': 0.1, 'data.hold_out': 0.0},
+    {'sparsity.coefficient': 'none', 'data.hold_out': 0.0},
+  ],
+)
+def test_a_step_is_compiled_once(faces, overrides):
+  """Its output is of the types of its input, down to what is weakly typed."""
+  one = running.open_run(config(faces, **overrides), jax.devices()[:1], None)
+  key, batches = jax.random.key(0), one.feed().next()
+  state = jax.eval_shape(one.experiment.init, key, batches['query'])
+  after, _ = jax.eval_shape(one.experiment.train_step, state, batches, key)
+  described = lambda x: (x.shape, x.dtype, x.weak_type)
+  assert jax.tree.map(described, state) == jax.tree.map(described, after)
+
+
 def test_a_fixed_coefficient_of_layers_without_a_gradient(faces):
   """Heads of zeros let no gradient through to the backbone."""
   overrides = {'coefficient': 'fixed', 'value': 1e-3, 'granularity': 'layer'}
@@ -771,6 +793,12 @@ def test_adapting_to_an_unseen_task_with_a_frozen_pattern(faces, tmp_path):
     assert told['fresh']
     assert all('eyeglasses' in path or 'log_vars' in path for path in told['fresh'])
     assert told['of no use'] == []
+  # A budget rises from what is gone, or the dead groups would come back first.
+  c.sparsity.coefficient, c.sparsity.objective = 'learned', 'budget'
+  state = running.open_run(c, jax.devices()[:1], None).initial_state()
+  gone = kernel.shape[2] // 2
+  total = sum(gr.totals(gr.find(params), params).values())
+  np.testing.assert_allclose(state.removed_at_start, gone / total, rtol=1e-6)
   # A run is as good a start as what was made of one, and has its tasks.
   c.initial = str(tmp_path / 'frozen')
   with pytest.raises(UserError, match='has the tasks male, smiling, eyeglasses'):

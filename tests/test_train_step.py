@@ -781,7 +781,9 @@ def test_a_budget_moves_a_vector_of_coefficients_by_the_hold_out_loss_too():
   )
   rho = jnp.full(2, -2.0)
   state = p.state(outer, rho=rho, lambda_max=jnp.full(2, 0.3))
-  state = state._replace(rho_opt_state=rho_optimizer.init(rho))
+  state = state._replace(
+    rho_opt_state=rho_optimizer.init(rho), removed_at_start=jnp.zeros(())
+  )
   new, metrics = step(state, batches(), KEY)
   moved_by = new.rho - rho
   gone = gr.sparsity(groups, new.params).groups
@@ -812,11 +814,12 @@ def test_a_settled_budget_trains_what_is_left_without_a_penalty(inner_steps):
       outer,
       inner=optax.chain(free_inner, prox(INNER_RATE)),
       rho_optimizer=rho_optimizer,
-      objective=Objective('budget', target=target),
+      objective=Objective('budget', target=target, rise=settled),
       settled=settled,
       **common,
     )
-    new, _ = step(p.state(outer, **coefficient), batches(), KEY)
+    state = p.state(outer, removed_at_start=jnp.zeros(()), **coefficient)
+    new, _ = step(state, batches(), KEY)
     moved = float(new.rho - coefficient['rho'])
     return new.params, moved, gr.alive(p.groups, new.params)
 
