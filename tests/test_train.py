@@ -637,9 +637,7 @@ def test_a_batch_is_no_larger_than_the_data_set(faces, tmp_path):
     {'meta.inner_steps': 0, 'sparsity.objective': 'tolerance'},
     {'meta.inner_steps': 0, 'sparsity.objective': 'budget'},
     {'meta.inner_steps': 0, 'sparsity.hypergradient': 'online'},
-    {'sparsity.granularity': 'stage'},
     {'sparsity.coefficient': 'fixed', 'sparsity.value': 0.1, 'data.hold_out': 0.0},
-    {'sparsity.coefficient': 'none', 'data.hold_out': 0.0},
   ],
 )
 def test_a_step_is_compiled_once(faces, overrides):
