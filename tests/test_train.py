@@ -146,6 +146,13 @@ def test_images_that_nothing_uses_are_told_of(
   assert (text in caplog.text) == unused
 
 
+def test_one_process_tells_of_unused_images(faces, caplog, monkeypatch):
+  monkeypatch.setattr(running.processes, 'is_first', lambda: False)
+  c = config(faces, **{'sparsity.coefficient': 'none'})
+  running.open_run(c, jax.devices()[:1], None)
+  assert 'training images apart' not in caplog.text
+
+
 def test_another_configuration_is_told_of_before_data_are_made(
   finished, faces, tmp_path
 ):
