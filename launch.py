@@ -43,6 +43,8 @@ def main(argv: list[str]) -> None:
   if _DISTRIBUTED.value:
     if _MODE.value == 'sweep':
       sys.exit('error: a sweep is one process; start its runs with --distributed')
+    if _MODE.value not in ('train', 'adapt', 'evaluate'):
+      sys.exit(f'error: --mode {_MODE.value} is one process; start it by itself')
     import jax
 
     try:

@@ -95,7 +95,7 @@ def tune(config, source, steps, workdir):
   # From a quarter of the step size that training began with, down to nothing.
   rate = config.optimizer[0].learning_rate
   rate.init_value, rate.decay_steps = rate.init_value / 4, steps
-  return sweep.trained(config, workdir)
+  return sweep.ensure_trained(config, workdir)
 
 
 def runs_of(arguments):
@@ -114,7 +114,7 @@ def one_seed(arguments, seed):
   pair = runs_of(arguments)
   for entry in pair.runs:
     config = sweep.configuration(pair, entry, seed, arguments.out)
-    results[entry.name] = test(sweep.trained(config, out(entry.name))), None
+    results[entry.name] = test(sweep.ensure_trained(config, out(entry.name))), None
     trained[entry.name] = Network(config, out(entry.name))
   dense, learned = trained['dense'], trained[arguments.learned]
   whole, small = dense.compacted(dense.params), learned.compacted(learned.params)

@@ -227,10 +227,12 @@ class _Incomplete(Source):
         ' only task: images without any label would remain'
       )
     super().__init__(source.name, source._records, source.indices)
-    draws = _draws(seed, source.indices)
-    chosen = np.argsort(draws[:, 1])[: round(share * len(source))]
-    self._missing = np.full(len(source), -1)
-    self._missing[chosen] = draws[chosen, 2] * len(tasks)
+    # Chosen from all stored images, so that those of other parts change nothing.
+    draws = _draws(seed, np.arange(source.stored))
+    chosen = np.argsort(draws[:, 1])[: round(share * source.stored)]
+    missing = np.full(source.stored, -1)
+    missing[chosen] = draws[chosen, 2] * len(tasks)
+    self._missing = missing[source.indices]
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     return super().__getitem__(index) | {_MISSING: self._missing[index]}

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -97,8 +98,11 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def best_step(self) -> int | None:
-    """Step of the checkpoint with the best score, None if there is none."""
-    return self._manager.best_step()
+    """Step of the checkpoint with the best score, None if none has one (−∞)."""
+    best = self._manager.best_step()
+    if best is None or self._manager.metrics(best)[self._score] == -math.inf:
+      return None
+    return best
 
   def save(self, step: int, state: PyTree, meta: Mapping, score: float) -> None:
     """Writes a checkpoint; one of the same step is left as it is."""

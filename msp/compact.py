@@ -247,6 +247,9 @@ def difference(a: Compact, b: Compact, images: np.ndarray) -> float:
     a: one network, its outputs give the scale: the largest magnitude of each.
     b: another one.
     images: (B, H, W, 3) in [0, 1].
+
+  Returns:
+    It; NaN if an output is not finite.
   """
 
   def outputs(network):
@@ -256,9 +259,9 @@ def difference(a: Compact, b: Compact, images: np.ndarray) -> float:
     return jax.device_get(run(network.params, network.batch_stats, images))
 
   one, other = outputs(a), outputs(b)
-  return max(
-    float(np.abs(one[name] - other[name]).max() / np.abs(one[name]).max())
-    for name in one
+  scale = lambda x: np.maximum(np.abs(x).max(), np.finfo(x.dtype).tiny)
+  return float(
+    np.max([np.abs(x - other[name]).max() / scale(x) for name, x in one.items()])
   )
 
 

@@ -11,8 +11,6 @@ from msp import figures
 from msp import tasks as task_module
 from msp import workdir as workdir_module
 
-PANELS = 6  # images on a sheet
-
 
 def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
   """Brings the data set into its prepared form, once.
@@ -47,7 +45,7 @@ def contact_sheet(config: ConfigDict) -> Path:
   stream = data.train_iterator(
     train_part,
     config.tasks,
-    batch_size=min(PANELS, len(train_part)),
+    batch_size=min(figures.PICTURES, len(train_part)),
     seed=config.seed,
     flip=config.data.flip,
     missing=config.data.missing,

@@ -232,7 +232,9 @@ def _objective(config, model, shape, hold_out_images):
   sparsity = config.sparsity
   share = config.train.batch_size // (2 if config.meta.inner_steps else 1)
   # No longer than until dead groups stay dead.
-  rise = round(min(sparsity.rise, 1 - sparsity.settle) * config.train.steps)
+  rise = 0
+  if sparsity.objective == 'budget':
+    rise = round(min(sparsity.rise, 1 - sparsity.settle) * config.train.steps)
   by_flops = sparsity.objective == 'budget' and sparsity.measure == 'flops'
   objective = objectives.Objective(
     kind=sparsity.objective,

@@ -15,6 +15,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from msp.losses import MAX_DEPTH
 
+PICTURES = 6  # of a batch, in a report or on a sheet
+
 # Okabe and Ito's palette: told apart with every common colour vision.
 BLUE, ORANGE, GREEN, PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
 COLORS = (BLUE, '#E69F00', GREEN, PURPLE, '#56B4E9', ORANGE, '#F0E442', '#444444')

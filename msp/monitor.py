@@ -27,6 +27,8 @@ class Monitor:
     self._min_alive = min_alive
     self._search = search
     self._totals = gr.totals(groups, params)
+    # What was there is not what λ has done.
+    self._at_start = {k: int(m.sum()) for k, m in gr.alive(groups, params).items()}
     # Of single weights a network may well need no more than a sixteenth.
     self._enough = STARVED if groups.array_axis is not None else 0.0
     self._leaves = [
@@ -38,7 +40,7 @@ class Monitor:
     """Raises on a number that is not finite; warns of a layer at its floor.
 
     Returns:
-      Whether half of the layers, or more, are at their floor or have no more than
+      Whether half of the layers, or more, have come to their floor or to no more than
       `STARVED` of their groups alive.
 
     Raises:
@@ -74,7 +76,8 @@ class Monitor:
       self._totals.items(), np.asarray(metrics['alive']), strict=True
     ):
       at_floor = alive <= self._min_alive < total
-      starved += at_floor or alive <= self._enough * total
+      starving = at_floor or alive <= self._enough * total
+      starved += starving and alive < self._at_start[layer]
       if not at_floor or layer in self._warned:
         continue
       self._warned.add(layer)

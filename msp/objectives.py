@@ -140,12 +140,17 @@ def check_target(
   """
   if objective.measure == 'weights':
     return
-  alive = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), params)
-  keep = {
-    layer: jnp.arange(mask.size).reshape(mask.shape) < min_alive
-    for layer, mask in gr.alive(groups, alive).items()
-  }
-  most = float(removed(objective, groups, gr.remove(groups, alive, keep)))
+
+  def most_removed():
+    alive = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), params)
+    keep = {
+      layer: jnp.arange(mask.size).reshape(mask.shape) < min_alive
+      for layer, mask in gr.alive(groups, alive).items()
+    }
+    return removed(objective, groups, gr.remove(groups, alive, keep))
+
+  # One program: by itself each operation would be compiled for each kernel's shape.
+  most = float(jax.jit(most_removed)())
   if objective.target > most + 1e-6:
     raise UserError(
       f'sparsity.target is {objective.target}, but of the {objective.measure} no more '
@@ -356,24 +361,25 @@ def budget_violation(
   learns less than one that is made sparse when it has learned (gradual pruning, Zhu and
   Gupta, arXiv 1710.01878; here linear).
 
-  b is target − `UNSETTLED` · target · (1 − target) until the pattern settles: the λ
-  that holds the target itself against the noise is needlessly large. Settled, and
-  after the rise if it never will, the aim is the target.
+  b is the target; or, where the pattern will settle, target − `UNSETTLED` · target ·
+  (1 − target) until then: the λ that holds the target itself against the noise is
+  needlessly large.
 
   Args:
     objective: of kind 'budget'.
     groups: which groups.
     params: θ⁰.
     at_start: a, shape ().
-    step: outer steps done, shape ().
+    step: outer steps done before the one that led to θ⁰, shape ().
     settled: steps after which the pattern settles; None: never.
 
   Returns:
     Shape ().
   """
   target, rise = objective.target, objective.rise
-  below = target - UNSETTLED * target * (1 - target)
+  below = 0.0 if settled is None else UNSETTLED * target * (1 - target)
   progress = jnp.minimum(step / rise, 1) if rise else 1.0
-  before = at_start + progress * (below - at_start)
-  aim = jnp.where(step < (rise if settled is None else settled), before, target)
+  aim = at_start + progress * (target - below - at_start)
+  if settled is not None:
+    aim = jnp.where(step < settled, aim, target)
   return (removed(objective, groups, params) - aim) / BUDGET_BAND

@@ -4,7 +4,6 @@ import base64
 import functools
 import io
 import json
-import math
 import string
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +24,6 @@ Row = Mapping[str, Any]
 PRIMARY = ('miou', 'balanced_accuracy', 'f1', 'rmse', 'mean_angle')
 # Of another unit than the task's other metrics, whose axis would hide them.
 NOT_DRAWN = ('f1_threshold', 'within_', 'images_without_label')
-PICTURES = 6
 
 LEGENDS = {
   'attribute': 'Badges: probability of the attribute; blue ✓ the decision at 0.5 is '
@@ -160,7 +158,9 @@ def read(workdir: Path) -> Log:
     return otherwise
 
   config = load('config.json', _config, {})
-  layers = load('groups.json', _layers, [])
+  layers = []
+  if config.get('sparsity', {}).get('axis') != 'weight':  # whose masks are not written
+    layers = load('groups.json', _layers, [])
   image, panels = load('predictions.npz', _panels, (None, []))
   split = lambda name: [row for row in rows if row['split'] == name]
   tests = {row['split']: row for row in rows if row['split'].startswith('test')}
@@ -170,7 +170,7 @@ def read(workdir: Path) -> Log:
     missing.append('the validation split has not been evaluated')
   return Log(
     config,
-    [_with_relative(row) for row in split('train')],
+    split('train'),
     split('val'),
     list(tests.values()),
     layers,
@@ -205,29 +205,26 @@ def _layers(path):
 
 def _panels(path):
   with path.open('rb') as opened, np.load(opened) as file:
-    arrays = {name: file[name][:PICTURES] for name in file if '/' not in name} | {
-      name: file[name] for name in file if '/' in name
-    }
+    arrays = {
+      name: file[name][: figures.PICTURES] for name in file if '/' not in name
+    } | {name: file[name] for name in file if '/' in name}
   panels = []
   for key, prediction in arrays.items():
     kind, _, name = key.partition('/')
     if kind != 'prediction':
       continue
-    label = arrays[f'label/{name}'][:PICTURES]
+    label = arrays[f'label/{name}'][: figures.PICTURES]
     classes = [str(c) for c in arrays[f'classes/{name}']]
     panels.append(
       figures.TaskPanel(
-        name, label, prediction[:PICTURES], classes, str(arrays[f'kind/{name}'])
+        name,
+        label,
+        prediction[: figures.PICTURES],
+        classes,
+        str(arrays[f'kind/{name}']),
       )
     )
   return arrays['image'], panels
-
-
-def _with_relative(row):
-  """λ/λ_max = exp(ρ), where a row has ρ only."""
-  if 'lambda_relative' in row or row.get('rho') is None:
-    return row
-  return {**row, 'lambda_relative': math.exp(row['rho'])}
 
 
 def _title(log, workdir):
@@ -236,7 +233,7 @@ def _title(log, workdir):
 
 def _stand_in(log):
   data = log.config.get('data', {})
-  return bool(data.get('procedural') or data.get('procedural_images'))
+  return bool(data.get('procedural_images'))
 
 
 def _about(log):

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,38 +151,43 @@ class Run(NamedTuple):
       options['compiler_options'] = ONCE_ON_CPU
     return jax.jit(function, **options)
 
-  def evaluate(self, eval_step, state: TrainState, source: data.Source) -> dict:
-    """Metrics of a state on one split; see `msp.evaluate.evaluate`."""
-    c = self.config
-    batches = data.eval_batches(
-      source,
-      c.tasks,
-      batch_size=c.train.batch_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-      limit=c.data.eval_examples or None,
-    )
-    values = evaluate(
-      eval_step,
-      self.experiment.tasks,
-      state.params,
-      state.batch_stats,
-      (put(batch, self.sharded) for batch in batches),
-    )
-    counted = jax.device_get(gr.sparsity(self.experiment.groups, state.params))
-    alive = zip(self.experiment.groups.layers, counted.alive, strict=True)
-    return values | {
-      'group_sparsity': float(counted.groups),
-      'weight_sparsity': float(counted.weights),
-      'alive_groups': {gr.short_name(name): int(n) for name, n in alive},
-    }
+  def evaluator(self) -> Callable[[TrainState, data.Source], dict]:
+    """(state, part of the data) -> its metrics; see `msp.evaluate.evaluate`.
 
-  def eval_step(self):
-    """The jitted evaluation step."""
-    return jax.jit(
-      make_eval_step(self.experiment.model, self.experiment.tasks),
-      out_shardings=self.replicated,
+    Make it once: it holds the compiled programs.
+    """
+    c, groups, tasks = self.config, self.experiment.groups, self.experiment.tasks
+    eval_step = jax.jit(
+      make_eval_step(self.experiment.model, tasks), out_shardings=self.replicated
     )
+    # One program: each operation by itself would be compiled for each kernel's shape.
+    count = self.once(functools.partial(gr.sparsity, groups))
+
+    def evaluate_state(state, source):
+      batches = data.eval_batches(
+        source,
+        c.tasks,
+        batch_size=c.train.batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        limit=c.data.eval_examples or None,
+      )
+      values = evaluate(
+        eval_step,
+        tasks,
+        state.params,
+        state.batch_stats,
+        (put(batch, self.sharded) for batch in batches),
+      )
+      counted = jax.device_get(count(state.params))
+      alive = zip(groups.layers, counted.alive, strict=True)
+      return values | {
+        'group_sparsity': float(counted.groups),
+        'weight_sparsity': float(counted.weights),
+        'alive_groups': {gr.short_name(name): int(n) for name, n in alive},
+      }
+
+    return evaluate_state
 
 
 def open_run(

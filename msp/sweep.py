@@ -175,7 +175,7 @@ def _run(sweep, entry, seed, workdir, failures, skip_corrupt) -> Result:
     raise UserError(f'it starts from {entry.start}, which failed')
   config = configuration(sweep, entry, seed, workdir)
   place = folder(workdir, entry.name, seed)
-  rows = trained(config, place, adapt=entry.adapt, skip_corrupt=skip_corrupt)
+  rows = ensure_trained(config, place, adapt=entry.adapt, skip_corrupt=skip_corrupt)
   path = place / 'groups.json'
   try:
     layers = {
@@ -198,7 +198,7 @@ def _run(sweep, entry, seed, workdir, failures, skip_corrupt) -> Result:
   )
 
 
-def trained(
+def ensure_trained(
   config: ConfigDict,
   workdir: Path,
   *,

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import data
+from msp import figures, processes, report
 from msp import initial as initial_module
-from msp import processes, report
 from msp import workdir as workdir_module
 from msp.checkpoint import Checkpoints, DamagedCheckpointError
 from msp.console import Bar, Clock, Interruption
@@ -29,7 +29,6 @@ from msp.writer import MetricWriter, SilentWriter
 logger = logging.getLogger(__name__)
 
 PyTree = Any
-PANELS = 6  # pictures in the report
 
 
 def train(
@@ -52,7 +51,7 @@ def train(
     workdir: is created; holds config.json, metrics.jsonl, TensorBoard events,
       checkpoints/ and report/.
     devices: those to use, all by default.
-    skip_corrupt: see `prepare`.
+    skip_corrupt: see `dataset.prepare`.
 
   Returns:
     Path of the report.
@@ -75,11 +74,13 @@ def train(
       feed.set_state(meta['data'])
       progress = Progress(**meta['progress'])
       logger.info('going on from step %d', step)
-    first = processes.is_first()
+    first, evaluate = processes.is_first(), run.evaluator()
     with MetricWriter(workdir, step) if first else SilentWriter() as writer:
       if int(state.step) < config.train.steps and not progress.stopped:
-        state, progress = _loop(run, state, progress, feed, checkpoints, writer)
-      _finish(run, workdir, state, checkpoints, writer)
+        state, progress = _loop(
+          run, state, progress, feed, evaluate, checkpoints, writer
+        )
+      _finish(run, workdir, state, evaluate, checkpoints, writer)
   processes.first_does(lambda: report.write(workdir))
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   logger.info('peak memory of this process: %.1f GiB', peak)
@@ -142,14 +143,13 @@ class Progress(NamedTuple):
   stopped: bool = False
 
 
-def _loop(run, state, progress, feed, checkpoints, writer):
+def _loop(run, state, progress, feed, evaluate, checkpoints, writer):
   config, experiment = run.config, run.experiment
   c = config.train
   jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=run.replicated)
   step_fn = jit(experiment.train_step)
   settles = experiment.settled_step is not None
   settled_fn = jit(experiment.settled_step) if settles else None
-  eval_step = run.eval_step()
   key = jax.random.key(config.seed + 1)
   start = int(state.step)
   images = len(run.splits.train)
@@ -166,10 +166,11 @@ def _loop(run, state, progress, feed, checkpoints, writer):
   guarded = config.sparsity.coefficient == 'learned'
   guarded &= config.sparsity.objective == 'holdout'
   safe = start, _copy(_network(state)) if guarded else None
-  # The best network of a budget, and patience, are of those that may have met it.
-  rises_until = 0
-  if config.sparsity.coefficient == 'learned' and config.sparsity.objective == 'budget':
-    rises_until = experiment.settled or experiment.objective.rise
+  # The best network, and patience, are of those whose pattern is final and whose
+  # budget may be met.
+  scored_from = 0
+  if config.sparsity.coefficient == 'learned':
+    scored_from = experiment.settled or experiment.objective.rise
 
   def record(step, metrics):
     starved = monitor.check(step, metrics)
@@ -222,12 +223,12 @@ def _loop(run, state, progress, feed, checkpoints, writer):
         continue
       score = -math.inf
       if evaluating:
-        values = run.evaluate(eval_step, state, run.splits.val)
+        values = evaluate(state, run.splits.val)
         writer.write({'split': 'val', 'step': step, **values})
         bar.say(f'step {step}: validation {summary(values, experiment.tasks)}')
-        if step > rises_until:
+        if step > scored_from:
           score = values.get('score', -math.inf)
-        since = max(progress.best_step, rises_until)
+        since = max(progress.best_step, scored_from)
         if score > progress.best_score:
           progress = progress._replace(best_score=score, best_step=step)
         elif c.patience and step - since >= c.patience * c.evaluate_every:
@@ -263,13 +264,12 @@ def _copy(arrays):
   return jax.tree.map(jnp.copy, arrays)
 
 
-def _finish(run, workdir, state, checkpoints, writer):
+def _finish(run, workdir, state, evaluate, checkpoints, writer):
   """Writes what the report needs of a finished run: test metrics, groups, panels.
 
   The test split is evaluated with the last state ('test') and, if another
   checkpoint had the better validation score, with that one too ('test_best').
   """
-  eval_step = run.eval_step()
   rows = {'test': state}
   best = checkpoints.best_step()
   if best not in (None, int(state.step)):
@@ -279,16 +279,19 @@ def _finish(run, workdir, state, checkpoints, writer):
       logger.warning('%s. The best state is left out', e)
   for split, one in rows.items():
     logger.info('evaluating the test split at step %d', one.step)
-    values = run.evaluate(eval_step, one, run.splits.test)
+    values = evaluate(one, run.splits.test)
     writer.write({'split': split, 'step': int(one.step), **values})
   if not processes.is_first():
     return
-  workdir_module.write_groups(workdir, run.experiment.groups, state.params)
+  # By itself: the other processes take no part in what follows.
+  params, stats = jax.device_get((state.params, state.batch_stats))
+  workdir_module.write_groups(workdir, run.experiment.groups, params)
   tasks = run.experiment.tasks
   batch = next(
-    iter(data.eval_batches(run.splits.val, run.config.tasks, batch_size=PANELS))
+    iter(
+      data.eval_batches(run.splits.val, run.config.tasks, batch_size=figures.PICTURES)
+    )
   )
   predict = run.once(make_predict(run.experiment.model, tasks))
-  params, stats = jax.device_get((state.params, state.batch_stats))
   predictions = jax.device_get(predict(params, stats, batch))
   workdir_module.write_predictions(workdir, batch, predictions, tasks)

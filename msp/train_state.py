@@ -18,10 +18,11 @@ class TrainState(NamedTuple):
     batch_stats: running statistics of batch norm, tree as `params`.
     opt_state: state of the outer optimiser.
     rho: ρ, shape () or (entries,), float32; None without a coefficient.
-    lambda_max: λ_max at θ's first values, shape of ρ; None without a coefficient.
+    lambda_max: λ_max at θ's first values, shape of ρ; λ itself where a fixed λ meets a
+      layer without a gradient; None without a coefficient.
     rho_opt_state: state of ρ's optimiser; None unless λ is learned.
     tangent: d(θ⁰, opt_state)/dρ, see `msp.hypergradient.zero_tangent`; None unless
-      the hypergradient is 'online'.
+      ρ follows a hypergradient and that is 'online'.
     twin: the dense reference of the objective 'tolerance', see `msp.objectives`;
       None for the others.
     removed_at_start: share that is gone from θ's first values, shape (); None unless

@@ -112,7 +112,7 @@ def make_train_step(
   For each episode τ of the step: θᴷ = adapt(θ⁰, support, λ);
   g_θ = dL_τ(θᴷ; query)/dθ⁰; g_ρ = dL_τ(θᴷ; hold-out)/dρ. Then, on the means over
   episodes, θ⁰ ← outer(g_θ) with λ (prox inside `outer`) and ρ ← rho_optimizer(g_ρ).
-  With K = 0 the step is one of plain multi-task training, λ fixed or absent.
+  With K = 0 θᴷ is θ⁰, and L_τ(θᴷ; hold-out) depends on λ through earlier steps alone.
 
   Running statistics follow the batch statistics at θ⁰: of the first inner step,
   or of the query batch if K = 0. Parameters and optimiser states of heads whose

@@ -21,7 +21,8 @@ from msp.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
-PANELS = 6  # images that two forms of a network are compared on
+COMPARED = 6  # images that two forms of a network are compared on
+LOSSLESS = 1e-4  # difference of two of them, relative, that is rounding
 
 
 def evaluate_run(
@@ -41,10 +42,10 @@ def evaluate_run(
     UserError: no checkpoint, or one of another configuration.
   """
   run, state, latest = _trained(config, workdir, devices)
-  eval_step = run.eval_step()
+  evaluate = run.evaluator()
   result = {}
   for split in ('val', 'test'):
-    values = run.evaluate(eval_step, state, getattr(run.splits, split))
+    values = evaluate(state, getattr(run.splits, split))
     result[split] = {'step': latest, **values}
     logger.info('%s: %s', split, summary(values, run.experiment.tasks))
   content = json.dumps(result, indent=2).encode()
@@ -84,9 +85,16 @@ def compact_run(
   if not changed:
     logger.info('step %d has no channel to remove; nothing written', latest)
     return None
-  batch = next(iter(data.eval_batches(run.splits.val, config.tasks, batch_size=PANELS)))
+  batch = next(
+    iter(data.eval_batches(run.splits.val, config.tasks, batch_size=COMPARED))
+  )
   difference = compact.difference(dense, result, batch['image'])
   logger.info('largest difference of any output: %.1e of its scale', difference)
+  if not difference <= LOSSLESS:
+    raise UserError(
+      f'the compact network is not the network of step {latest}: outputs differ by '
+      f'{difference:.1e} of their scale; nothing written'
+    )
   logger.info('measuring; this takes a minute or two')
   shape = (*config.data.image_size, 3)
   networks = {'dense': dense, 'compact': result}
@@ -139,7 +147,7 @@ def export_run(
   """
   run, state, latest = _trained(config, workdir, devices)
   tasks, shape = run.experiment.tasks, (*config.data.image_size, 3)
-  values = run.evaluate(run.eval_step(), state, run.splits.test)
+  values = run.evaluator()(state, run.splits.test)
   network = compact.Compact(
     run.experiment.model, *jax.device_get((state.params, state.batch_stats))
   )
@@ -148,7 +156,9 @@ def export_run(
   if network.model.backbone.norm == 'batch':
     network = compact.fold(network)
   predict = export.predictor(network, tasks, shape)
-  batch = next(iter(data.eval_batches(run.splits.val, config.tasks, batch_size=PANELS)))
+  batch = next(
+    iter(data.eval_batches(run.splits.val, config.tasks, batch_size=COMPARED))
+  )
   logger.info('exporting for %s', ', '.join(export.PLATFORMS))
   content, images = export.serialize(predict, shape), batch['image']
   worst = export.check(export.run(content, images), predict, images)

@@ -114,21 +114,22 @@ def lacking(source, whole, batches):
 
 
 def test_missing_labels(splits):
+  everything = splits.with_hold_out(1, 0)
   batches = lambda seed=0, **kwargs: take(
-    iterator(splits.train, batch_size=21, seed=seed, **kwargs), 3
+    iterator(everything, batch_size=28, seed=seed, **kwargs), 3
   )
   whole = batches()
   found = {}
   for share in (0.1, 0.5, 0.9):
-    lacks = lacking(splits.train, whole, batches(missing=share))
+    lacks = lacking(everything, whole, batches(missing=share))
     found[share] = set(lacks)
-    count = round(share * 21)
+    count = round(share * 28)
     # The same in all three epochs, and one task of each image.
     assert len(lacks) == 3 * count
     assert len(found[share]) == len({position for position, _ in lacks}) == count
   assert found[0.1] < found[0.5] < found[0.9]
   assert {task for _, task in found[0.9]} == set(TASKS)
-  other = lacking(splits.train, batches(1), batches(1, missing=0.5))
+  other = lacking(everything, batches(1), batches(1, missing=0.5))
   assert set(other) != found[0.5]
 
 
@@ -144,11 +145,18 @@ def test_missing_labels_do_not_depend_on_the_processes(splits):
     same(expected, {key: np.concatenate([j[key] for j in joined]) for key in expected})
 
 
-def test_missing_labels_of_a_share_are_those_of_the_whole(splits, prepared):
+def test_missing_labels_of_a_part_are_those_of_the_whole(splits, prepared):
+  """Also when the images of λ join the others."""
   half = data.open('celebamask_hq', prepared, SIZE, 0.25, train_share=0.5).train
-  assert len(half) == 10
-  batches = lambda **kwargs: take(iterator(half, batch_size=10, **kwargs), 1)
-  assert len(lacking(half, batches(), batches(missing=0.3))) == 3
+
+  def lacks(part):
+    batches = lambda **kwargs: take(iterator(part, batch_size=len(part), **kwargs), 1)
+    found = lacking(part, batches(), batches(missing=0.5))
+    return {(part.indices[position], task) for position, task in found}
+
+  whole = lacks(splits.with_hold_out(1, 0))
+  for part in (half, splits.train):
+    assert lacks(part) == {(i, task) for i, task in whole if i in part.indices}
 
 
 def test_missing_labels_that_cannot_be(splits):

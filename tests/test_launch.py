@@ -3,6 +3,7 @@
 import errno
 import importlib
 import itertools
+import math
 import resource
 import subprocess
 import sys
@@ -407,6 +408,25 @@ def test_a_sweep_is_one_process(tmp_path):
     *launch(tmp_path, f'--config={sweep}:nyu', '--mode=sweep', '--distributed')
   )
   assert 'a sweep is one process' in line
+
+
+@pytest.mark.parametrize('mode', ['compact', 'export', 'report', 'prepare'])
+def test_what_is_one_process(tmp_path, mode):
+  made = ROOT / 'configs/camvid_meta.py'
+  line = last_line(
+    *launch(tmp_path, f'--config={made}', f'--mode={mode}', '--distributed')
+  )
+  assert f'--mode {mode} is one process' in line
+
+
+def test_no_score_is_no_best_checkpoint(tmp_path):
+  with Checkpoints(tmp_path) as checkpoints:
+    for step, score in ((2, -math.inf), (4, -math.inf)):
+      checkpoints.save(step, STATE, {}, score)
+    assert checkpoints.best_step() is None
+    checkpoints.save(6, STATE, {}, 0.1)
+    checkpoints.save(8, STATE, {}, -math.inf)
+    assert checkpoints.best_step() == 6
 
 
 def test_nothing_but_damaged_checkpoints(tmp_path):

@@ -43,3 +43,14 @@ def test_half_of_the_layers_all_but_dead_is_noticed(axis, noticed):
   assert not monitor.check(1, metrics | {'alive': [3, 32]})
   assert monitor.check(2, metrics | {'alive': [2, 32]}) == noticed
   assert monitor.check(3, metrics | {'alive': [1, 32]})  # at its floor
+
+
+def test_what_was_all_but_dead_at_the_start_is_not_what_starved():
+  kernel = np.zeros((1, 1, 32, 4), np.float32)
+  kernel[:, :, :2] = 1
+  params = {'backbone': {'a': {'kernel': kernel}, 'b': {'kernel': kernel + 1}}}
+  monitor = Monitor(1, gr.find(params), params)
+  metrics = {'nonfinite': -1, 'loss': 1.0}
+  assert not monitor.check(1, metrics | {'alive': [2, 32]})
+  assert monitor.check(2, metrics | {'alive': [1, 32]})
+  assert monitor.check(3, metrics | {'alive': [2, 2]})

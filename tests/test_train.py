@@ -236,8 +236,9 @@ def test_the_end_of_a_run_does_not_hang_on_its_best_state(
     for path in (workdir / 'checkpoints').glob('*/metrics/metrics'):
       path.write_text('')
   else:
-    scores = {r['step']: r['score'] for r in rows(workdir) if r['split'] == 'val'}
-    best = workdir / 'checkpoints' / str(max(scores, key=scores.get))
+    best = workdir / 'checkpoints' / str(STEPS - EVALUATE_EVERY)
+    kept = best / 'metrics' / 'metrics'
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), 'score': 1.0}))
     (best / 'state' / 'manifest.ocdbt').write_bytes(b'')
   run(config(faces), workdir)
   assert 'is damaged' in caplog.text
@@ -386,16 +387,17 @@ def scored(monkeypatch, scores, evaluate=running.evaluate):
   )
 
 
-def test_a_budget_waits_for_its_target_before_it_stops(faces, tmp_path, monkeypatch):
+@pytest.mark.parametrize('objective', ['budget', 'tolerance'])
+def test_a_run_settles_before_it_stops(faces, tmp_path, monkeypatch, objective):
   scored(monkeypatch, [0.9, 0.8, 0.7, 0.2, 0.1, 0.1, 0.1, 0.1])
-  budget = {
-    'sparsity.objective': 'budget',
+  overrides = {
+    'sparsity.objective': objective,
     'sparsity.settle': 0.5,
     'train.steps': 12,
     'train.patience': 2,
     'meta.inner_steps': 0,
   }
-  run(config(faces, **budget), tmp_path)
+  run(config(faces, **overrides), tmp_path)
   validated = [row['step'] for row in rows(tmp_path) if row['split'] == 'val']
   assert validated == [2, 4, 6, 8, 10, 12]
   splits = {row['split']: row['step'] for row in rows(tmp_path)}
@@ -404,7 +406,8 @@ def test_a_budget_waits_for_its_target_before_it_stops(faces, tmp_path, monkeypa
 
 def test_early_stopping_stops_and_stays_stopped(faces, tmp_path, monkeypatch):
   scored(monkeypatch, [0.5, 0.6, 0.6, 0.1, 0.9, 0.9, 0.9])
-  c = config(faces, **{'train.steps': 12, 'train.patience': 2})
+  overrides = {'train.steps': 12, 'train.patience': 2, 'sparsity.settle': 0.0}
+  c = config(faces, **overrides)
   run(c, tmp_path)
   # best at step 4, two evaluations without a better one: 6 and 8
   validated = [row['step'] for row in rows(tmp_path) if row['split'] == 'val']

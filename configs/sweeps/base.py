@@ -35,6 +35,7 @@ def budget(target: float) -> dict[str, Any]:
     'sparsity.coefficient': 'learned',
     'sparsity.objective': 'budget',
     'sparsity.target': target,
+    'sparsity.settle': 0.4,  # and then what is left trains without λ
     'data.hold_out': 0.0,
   }
 

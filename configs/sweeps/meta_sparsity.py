@@ -22,12 +22,14 @@ def get_config(arg: str = '') -> ConfigDict:
     base.add(sweep, f'{task} alone', given.multitask(), {'tasks': (task,)})
     sweep.baselines[task] = f'{task} alone'
   no_inner, inner = given.multitask, given.meta
+  # As those with learned λ, or settling would pass for an effect of inner steps.
+  fixed = base.fixed(given.fixed) | {'sparsity.settle': 0.4}
   for name, config, changes in (
     ('multi-task', no_inner, {}),
-    ('multi-task, fixed λ', no_inner, base.fixed(given.fixed)),
+    ('multi-task, fixed λ', no_inner, fixed),
     ('multi-task, 70 % dead', no_inner, base.budget(0.7)),
     ('meta', inner, base.NO_COEFFICIENT),
-    ('meta, fixed λ', inner, base.fixed(given.fixed)),
+    ('meta, fixed λ', inner, fixed),
     ('meta, learned λ', inner, {}),
     ('meta, 70 % dead', inner, base.budget(0.7)),
     # Single weights instead of channels.

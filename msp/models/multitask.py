@@ -76,6 +76,11 @@ def build(
   _choose('block', block, tuple(EXPANSION))
   _choose('norm', norm, NORMS)
   _choose('dtype', dtype, DTYPES)
+  _require(
+    dtype != 'float64' or jax.config.jax_enable_x64,
+    'model dtype is float64: set the environment variable JAX_ENABLE_X64=1, or JAX '
+    'computes in float32',
+  )
   for task, (kind, _) in heads.items():
     _choose(f'head of task {task}', kind, HEADS)
   _require(

@@ -18,7 +18,6 @@ DEPTHS = {
   101: ('bottleneck', (3, 4, 23, 3)),
 }
 EXPANSION = {'basic': 1, 'bottleneck': 4}
-OUTPUT_STRIDE = 8
 
 _STAGE_WIDTHS = (64, 128, 256, 512)
 _STAGE_STRIDES = (1, 2, 1, 1)
