@@ -133,6 +133,9 @@ def base() -> ConfigDict:
   config.train.batch_size = 32  # K > 0: half support, half query
   config.train.log_every = 50
   config.train.evaluate_every = 656  # and a checkpoint
+  # Before an evaluation the statistics of batch norms are estimated anew on as many
+  # batches, θ fixed; 0: the running averages of training.
+  config.train.statistics_batches = 20
   config.train.patience = 10  # evaluations without a better score; 0: never stop
   return config
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msp.models import multitask
+from msp.models.normalization import MOMENTUM
 from msp.tasks import Task
 from msp.train_step import label_mask
 
@@ -47,6 +48,29 @@ def make_eval_step(
     return sums
 
   return eval_step
+
+
+def make_statistics_step(
+  model: multitask.MultiTask,
+) -> Callable[[PyTree, PyTree, jax.Array, jax.Array], PyTree]:
+  """Builds (params, batch_stats, image, key) -> one batch's own statistics, jit-able.
+
+  Their mean over batches of training images, θ fixed, in place of the running averages:
+  these lag behind weights that move fast relative to their size, and behind a norm λ
+  makes weights small without changing what they do. (Wu & Johnson, arXiv 2105.07576,
+  section 3, here with the mean of the variances of batches, as the running averages.)
+
+  Returns:
+    A function whose result is a tree as `batch_stats`, of which only shapes count;
+    dropout draws from the key.
+  """
+
+  def statistics_step(params, batch_stats, image, key):
+    nothing = jax.tree.map(jnp.zeros_like, batch_stats)
+    _, moved = multitask.apply(model, params, nothing, image, train=True, key=key)
+    return jax.tree.map(lambda x: x / (1 - MOMENTUM), moved)
+
+  return statistics_step
 
 
 def make_predict(

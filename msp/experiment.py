@@ -268,7 +268,12 @@ def _check(config):
     section, name = field.split('.')
     if config[section][name] < 1:
       raise UserError(f'{field} is {config[section][name]}; it has to be at least 1')
-  for field in ('train.patience', 'data.eval_examples', 'sparsity.min_alive'):
+  for field in (
+    'train.patience',
+    'train.statistics_batches',
+    'data.eval_examples',
+    'sparsity.min_alive',
+  ):
     section, name = field.split('.')
     if config[section][name] < 0:
       raise UserError(f'{field} is {config[section][name]}; it has to be at least 0')

@@ -1,6 +1,7 @@
 """An experiment with its data and its devices."""
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from msp import dataset, processes
 from msp import groups as gr
 from msp.checkpoint import Checkpoints
 from msp.errors import UserError
-from msp.evaluate import evaluate, make_eval_step
+from msp.evaluate import evaluate, make_eval_step, make_statistics_step
 from msp.experiment import Experiment, build, uses_hold_out
 from msp.train_state import TrainState
 
@@ -92,25 +93,33 @@ class Run(NamedTuple):
     """A copy on every device: states and metrics."""
     return NamedSharding(self.mesh, PartitionSpec())
 
+  def _stream(self, source, **options):
+    """An endless stream of a part of the data, at its beginning."""
+    return data.train_iterator(
+      source,
+      self.config.tasks,
+      flip=self.config.data.flip,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      **options,
+    )
+
   def feed(self) -> Feed:
     """The training streams, at their beginning."""
     c = self.config
-    stream = functools.partial(
-      data.train_iterator,
-      tasks=c.tasks,
-      flip=c.data.flip,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
     training = functools.partial(
-      stream, batch_size=c.train.batch_size, seed=c.seed, missing=c.data.missing
+      self._stream,
+      batch_size=c.train.batch_size,
+      seed=c.seed,
+      missing=c.data.missing,
     )
     streams = {'train': training(self.splits.train)}
     if uses_hold_out(c):
       # As many hold-out images as query images.
       share = c.train.batch_size // (2 if c.meta.inner_steps else 1)
-      hold_out = stream(self.splits.hold_out, batch_size=share, seed=c.seed + 1)
-      streams['hold_out'] = hold_out
+      streams['hold_out'] = self._stream(
+        self.splits.hold_out, batch_size=share, seed=c.seed + 1
+      )
     if self.experiment.settled_step is not None:
       whole = self.splits.with_hold_out(c.data.train_share, c.seed)
       streams['all'] = training(whole)
@@ -151,8 +160,37 @@ class Run(NamedTuple):
       options['compiler_options'] = ONCE_ON_CPU
     return jax.jit(function, **options)
 
+  def estimator(self) -> Callable[[TrainState], TrainState]:
+    """Makes (state) -> the same with the statistics of its norms at its θ⁰.
+
+    The mean over `train.statistics_batches` batches of training images, the same each
+    time; see `msp.evaluate.make_statistics_step`. Make it once, as `evaluator`.
+    """
+    c, count = self.config, self.config.train.statistics_batches
+    statistics_step = make_statistics_step(self.experiment.model)
+
+    def add(total, params, image, key):
+      one = statistics_step(params, total, image, key)
+      return jax.tree.map(lambda t, x: t + x / count, total, one)
+
+    add = jax.jit(add, donate_argnums=0, out_shardings=self.replicated)
+
+    def with_statistics(state):
+      if not count:
+        return state
+      nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.batch_stats)
+      total = jax.device_put(nothing, self.replicated)
+      seed = c.seed + 2
+      stream = self._stream(self.splits.train, batch_size=c.train.batch_size, seed=seed)
+      for number, batch in enumerate(itertools.islice(stream, count)):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        total = add(total, state.params, put(batch['image'], self.sharded), key)
+      return state._replace(batch_stats=total)
+
+    return with_statistics
+
   def evaluator(self) -> Callable[[TrainState, data.Source], dict]:
-    """(state, part of the data) -> its metrics; see `msp.evaluate.evaluate`.
+    """Makes (state, part of the data) -> its metrics; see `msp.evaluate.evaluate`.
 
     Make it once: it holds the compiled programs.
     """

@@ -150,6 +150,7 @@ def _loop(run, state, progress, feed, evaluate, checkpoints, writer):
   step_fn = jit(experiment.train_step)
   settles = experiment.settled_step is not None
   settled_fn = jit(experiment.settled_step) if settles else None
+  with_statistics = run.estimator()
   key = jax.random.key(config.seed + 1)
   start = int(state.step)
   images = len(run.splits.train)
@@ -223,6 +224,7 @@ def _loop(run, state, progress, feed, evaluate, checkpoints, writer):
         continue
       score = -math.inf
       if evaluating:
+        state = with_statistics(state)
         values = evaluate(state, run.splits.val)
         writer.write({'split': 'val', 'step': step, **values})
         bar.say(f'step {step}: validation {summary(values, experiment.tasks)}')

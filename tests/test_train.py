@@ -685,6 +685,31 @@ def test_a_dense_run_has_nothing_to_remove(finished, faces):
   assert sorted(path.name for path in workdir.iterdir()) == before
 
 
+def test_statistics_are_those_of_the_weights(faces):
+  """Of one batch: evaluated on it the network does what it does in training."""
+  c = config(faces, **{'train.statistics_batches': 1, 'model.dropout': 0.0})
+  one = running.open_run(c, jax.devices()[:1], None)
+  state = one.initial_state()
+  model = one.experiment.model
+  got = one.estimator()(state)
+  stream = one._stream(one.splits.train, batch_size=8, seed=c.seed + 2)
+  image = next(stream)['image']
+  outputs = [
+    multitask.apply(model, state.params, stats, image, train=train)[0]
+    for stats, train in ((got.batch_stats, False), (state.batch_stats, True))
+  ]
+  for name, wanted in outputs[1].items():
+    # Up to their variances being those of a sample, n/(n − 1), of n = 32 in the end.
+    assert np.abs(outputs[0][name] - wanted).mean() < 0.1 * np.ptp(wanted)
+  # Whatever the running averages have been.
+  other = jax.tree.map(lambda x: x + 1.0, state.batch_stats)
+  same = one.estimator()(state._replace(batch_stats=other))
+  jax.tree.map(np.testing.assert_array_equal, same.batch_stats, got.batch_stats)
+  c.train.statistics_batches = 0
+  kept = running.open_run(c, jax.devices()[:1], None).estimator()(state)
+  assert kept is state
+
+
 def test_a_settled_run_trains_on_the_images_of_the_coefficient_too(faces):
   one = running.open_run(config(faces), jax.devices()[:1], None)
   parts, feed = one.splits, one.feed()

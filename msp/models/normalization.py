@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 NORMS = ('batch', 'group')
 
 EPSILON = 1e-5
-_MOMENTUM = 0.9  # PyTorch's 0.1
+MOMENTUM = 0.9  # PyTorch's 0.1
 
 
 class BatchNorm(nn.Module):
@@ -64,7 +64,7 @@ def _per_channel(vector: jax.Array) -> jax.Array:
 
 
 def _move(average: jax.Array, value: jax.Array) -> jax.Array:
-  moved = _MOMENTUM * average + (1 - _MOMENTUM) * value
+  moved = MOMENTUM * average + (1 - MOMENTUM) * value
   return lax.stop_gradient(moved).astype(average.dtype)
 
 
