@@ -233,4 +233,5 @@ def _trained(config, workdir, devices) -> tuple[Run, TrainState, int]:
   if latest is None:
     raise UserError(f'no complete checkpoint in {workdir / "checkpoints"}')
   step, (state, _) = latest
-  return run, state, step
+  # A run that was asked to stop has not been evaluated there.
+  return run, run.estimator()(state), step
