@@ -176,7 +176,7 @@ class Run(NamedTuple):
     add = jax.jit(add, donate_argnums=0, out_shardings=self.replicated)
 
     def with_statistics(state):
-      if not count:
+      if not count or not jax.tree.leaves(state.batch_stats):
         return state
       nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.batch_stats)
       total = jax.device_put(nothing, self.replicated)
