@@ -387,7 +387,9 @@ def scored(monkeypatch, scores, evaluate=running.evaluate):
   )
 
 
-@pytest.mark.parametrize('objective', ['budget', 'tolerance'])
+@pytest.mark.parametrize(
+  'objective', ['budget', pytest.param('tolerance', marks=pytest.mark.slow)]
+)
 def test_a_run_settles_before_it_stops(faces, tmp_path, monkeypatch, objective):
   scored(monkeypatch, [0.9, 0.8, 0.7, 0.2, 0.1, 0.1, 0.1, 0.1])
   overrides = {
