@@ -296,8 +296,9 @@ def validation(
     for name, color in zip(names, itertools.cycle(LINES), strict=False):
       _line(axes, *series(rows, f'{task}/{name}'), color=color, label=words(name))
     axes.set_title(words(task))
-    _legend(axes, fontsize=7)
     _step_axis(axes)
+    # Below: metrics of a task lie all over their panel.
+    _legend(axes, fontsize=7, loc='upper center', bbox_to_anchor=(0.5, -0.2), ncols=2)
   return figure
 
 
