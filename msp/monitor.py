@@ -21,14 +21,29 @@ class Monitor:
   """Watches every step's numbers for what should stop or worry a run."""
 
   def __init__(
-    self, min_alive: int, groups: gr.Groups, params: PyTree, search: int = 0
+    self,
+    min_alive: int,
+    groups: gr.Groups,
+    params: PyTree,
+    search: int = 0,
+    alive_at_start: Sequence[int] | None = None,
   ):
-    """Remembers the names the numbers belong to; `search`: see `Objective`."""
+    """Remembers the names the numbers belong to.
+
+    Args:
+      min_alive: the survival floor, groups of a layer.
+      groups: that are counted.
+      params: they are of.
+      search: see `Objective`.
+      alive_at_start: groups of each layer alive in the first network of the run; None:
+        all of them.
+    """
     self._min_alive = min_alive
     self._search = search
     self._totals = gr.totals(groups, params)
-    # What was there is not what λ has done.
-    self._at_start = {k: int(m.sum()) for k, m in gr.alive(groups, params).items()}
+    # What was dead then is not what λ has done.
+    totals = list(self._totals.values())
+    self._at_start = totals if alive_at_start is None else alive_at_start
     # Of single weights a network may well need no more than a sixteenth.
     self._enough = STARVED if groups.array_axis is not None else 0.0
     self._leaves = [
@@ -72,12 +87,12 @@ class Monitor:
         float(np.mean(metrics['lambda_relative'])),
       )
     starved = 0
-    for (layer, total), alive in zip(
-      self._totals.items(), np.asarray(metrics['alive']), strict=True
+    for (layer, total), at_start, alive in zip(
+      self._totals.items(), self._at_start, np.asarray(metrics['alive']), strict=True
     ):
       at_floor = alive <= self._min_alive < total
       starving = at_floor or alive <= self._enough * total
-      starved += starving and alive < self._at_start[layer]
+      starved += starving and alive < at_start
       if not at_floor or layer in self._warned:
         continue
       self._warned.add(layer)

@@ -149,6 +149,11 @@ class Run(NamedTuple):
       jax.eval_shape(init, key, batch, (params, batch_stats)),
     )
 
+  def sample(self, count: int) -> dict[str, np.ndarray]:
+    """The first `count` images of the validation split, with their labels."""
+    c = self.config
+    return next(iter(data.eval_batches(self.splits.val, c.tasks, batch_size=count)))
+
   def newest(self, checkpoints: Checkpoints) -> tuple[int, tuple] | None:
     """The latest step with a readable checkpoint, and its (state, meta)."""
     target = functools.cache(lambda: self.initial_state(abstract=True))

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-import data
 from msp import figures, processes, report
+from msp import groups as gr
 from msp import initial as initial_module
 from msp import workdir as workdir_module
 from msp.checkpoint import Checkpoints, DamagedCheckpointError
@@ -68,7 +68,9 @@ def train(
     feed = run.feed()
     latest = run.newest(checkpoints)
     if latest is None:
-      step, state, progress = 0, run.initial_state(), Progress()
+      step, state = 0, run.initial_state()
+      count = run.once(functools.partial(gr.sparsity, run.experiment.groups))
+      progress = Progress(alive_at_start=count(state.params).alive.tolist())
     else:
       step, (state, meta) = latest
       feed.set_state(meta['data'])
@@ -141,6 +143,7 @@ class Progress(NamedTuple):
   best_score: float = -math.inf
   best_step: int = 0
   stopped: bool = False
+  alive_at_start: Sequence[int] = ()  # groups of each layer, of the first network
 
 
 def _loop(run, state, progress, feed, evaluate, checkpoints, writer):
@@ -160,6 +163,7 @@ def _loop(run, state, progress, feed, evaluate, checkpoints, writer):
     experiment.groups,
     state.params,
     experiment.objective.search,
+    progress.alive_at_start,
   )
   logger.info('compiling the training step (the first one takes a while)')
 
@@ -289,11 +293,7 @@ def _finish(run, workdir, state, evaluate, checkpoints, writer):
   params, stats = jax.device_get((state.params, state.batch_stats))
   workdir_module.write_groups(workdir, run.experiment.groups, params)
   tasks = run.experiment.tasks
-  batch = next(
-    iter(
-      data.eval_batches(run.splits.val, run.config.tasks, batch_size=figures.PICTURES)
-    )
-  )
+  batch = run.sample(figures.PICTURES)
   predict = run.once(make_predict(run.experiment.model, tasks))
   predictions = jax.device_get(predict(params, stats, batch))
   workdir_module.write_predictions(workdir, batch, predictions, tasks)

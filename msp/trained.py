@@ -85,9 +85,7 @@ def compact_run(
   if not changed:
     logger.info('step %d has no channel to remove; nothing written', latest)
     return None
-  batch = next(
-    iter(data.eval_batches(run.splits.val, config.tasks, batch_size=COMPARED))
-  )
+  batch = run.sample(COMPARED)
   difference = compact.difference(dense, result, batch['image'])
   logger.info('largest difference of any output: %.1e of its scale', difference)
   if not difference <= LOSSLESS:
@@ -156,9 +154,7 @@ def export_run(
   if network.model.backbone.norm == 'batch':
     network = compact.fold(network)
   predict = export.predictor(network, tasks, shape)
-  batch = next(
-    iter(data.eval_batches(run.splits.val, config.tasks, batch_size=COMPARED))
-  )
+  batch = run.sample(COMPARED)
   logger.info('exporting for %s', ', '.join(export.PLATFORMS))
   content, images = export.serialize(predict, shape), batch['image']
   worst = export.check(export.run(content, images), predict, images)

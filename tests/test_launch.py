@@ -263,6 +263,7 @@ MISTAKES = [
   ({'sparsity.pattern': 'nothing'}, "pattern 'nothing' matches no parameter"),
   ({'sparsity.start': 2.0}, 'sparsity.start is 2.0'),
   ({'train.steps': 0}, 'train.steps is 0; it has to be at least 1'),
+  ({'model.dtype': 'float64'}, 'dtype is float64: set .* JAX_ENABLE_X64=1'),
   ({'train.statistics_batches': -1}, 'statistics_batches is -1; it has to be at least'),
   ({'train.patience': -1}, 'train.patience is -1; it has to be at least 0'),
   ({'data.eval_examples': -1}, 'data.eval_examples is -1; it has to be at least 0'),

@@ -49,7 +49,7 @@ def test_what_was_all_but_dead_at_the_start_is_not_what_starved():
   kernel = np.zeros((1, 1, 32, 4), np.float32)
   kernel[:, :, :2] = 1
   params = {'backbone': {'a': {'kernel': kernel}, 'b': {'kernel': kernel + 1}}}
-  monitor = Monitor(1, gr.find(params), params)
+  monitor = Monitor(1, gr.find(params), params, alive_at_start=[2, 32])
   metrics = {'nonfinite': -1, 'loss': 1.0}
   assert not monitor.check(1, metrics | {'alive': [2, 32]})
   assert monitor.check(2, metrics | {'alive': [1, 32]})

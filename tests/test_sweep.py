@@ -329,6 +329,15 @@ def test_every_sweep_is_possible(file):
       experiment._check(config)
 
 
+@pytest.mark.parametrize('option', ['nyu', 'celeba', 'camvid,tiny'])
+def test_rows_with_and_without_inner_steps_settle_alike(option):
+  made = importlib.import_module('configs.sweeps.meta_sparsity').get_config(option)
+  sparse = [e.config.sparsity for e in made.runs]
+  sparse = [s for s in sparse if s.coefficient in ('fixed', 'learned')]
+  assert len(sparse) == 7
+  assert {s.settle for s in sparse} == {0.4}
+
+
 def test_every_row_of_the_benchmark_of_learned_λ_is_possible():
   made = learned_lambda.make('camvid', learned_lambda.ALL_ROWS, seeds=1)
   assert len(made.runs) == len(learned_lambda.ROWS)

@@ -358,6 +358,14 @@ def test_a_run_asked_to_stop_saves_and_goes_on_exactly(
       run(config(faces), tmp_path)
   assert caught.value.code == 128 + signal.SIGTERM
   assert (tmp_path / 'checkpoints' / '3').is_dir()
+  # What is made of it has the statistics of its weights, not the running averages.
+  one, made, step = trained._trained(config(faces), tmp_path, jax.devices()[:1])
+  assert step == 3
+  with Checkpoints(tmp_path, read_only=True) as checkpoints:
+    kept, _ = checkpoints.restore(3, one.initial_state(abstract=True))
+  equal = lambda a, b: jax.tree.all(jax.tree.map(np.array_equal, a, b))
+  assert not equal(kept.batch_stats, made.batch_stats)
+  assert equal(one.estimator()(kept).batch_stats, made.batch_stats)
   run(config(faces), tmp_path)
   same_run(tmp_path, finished[0])
 
@@ -557,7 +565,7 @@ def test_a_coefficient_that_starves_the_network_is_lowered(
 
 
 @pytest.mark.slow
-def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
+def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog, monkeypatch):
   c = config(
     faces,
     **{
@@ -577,6 +585,12 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog):
   assert last['group_sparsity'] > 0.5
   assert last['alive_groups']['layer1_0/conv1'] == 1
 
+  # Of a result that is not the same network nothing is kept.
+  with monkeypatch.context() as patch:
+    patch.setattr(compact, 'difference', lambda *_: math.nan)
+    with pytest.raises(UserError, match='outputs differ by nan'):
+      trained.compact_run(c, tmp_path, jax.devices()[:1])
+  assert not (tmp_path / 'compact').exists()
   # What has died is removed, and nothing else changes.
   page = trained.compact_run(c, tmp_path, jax.devices()[:1])
   assert page == tmp_path / 'compact' / 'compact.md'
