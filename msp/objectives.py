@@ -3,7 +3,8 @@
 `holdout`: ρ follows the hypergradient of the hold-out loss, as published.
 
 `tolerance`: the sparsest network whose hold-out loss, of every task, stays close to
-that of a dense one, its twin, which is trained beside it on the same batches.
+that of a dense one, its twin, which is trained beside it on the same batches. Both
+before inner steps: θ⁰ is what is kept.
 
 `budget`: a share of the groups, weights or FLOPs that has to be gone.
 
@@ -182,8 +183,7 @@ def compare(
   """Adds one pair of hold-out losses, by task, to the running comparison.
 
   The pair shares its batch, so the batch's own difficulty cancels in the gap. A task
-  without a loss (NaN: absent from this step's episodes; 0: no label in the batch) keeps
-  its numbers.
+  without a loss (0: no label in the batch) keeps its numbers.
   """
   stack = lambda values: jnp.stack(list(values.values()))
   logs = lambda values: jnp.log(stack(values))

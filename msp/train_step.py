@@ -196,9 +196,8 @@ def make_train_step(
       )
 
     hold_out = None
-    if differentiates or (learned and objective.kind == 'tolerance'):
-      own = batches.get('hold_out', batches['query'])
-      hold_out = lambda params: at(params, (own, keys[-2]))
+    if differentiates:
+      hold_out = lambda params: at(params, (_hold_out(batches), keys[-2]))
     first_loop, last = inner_loop, None
     if differentiates and hypergradient == 'truncated':
       early = inner_steps - truncation
@@ -231,11 +230,7 @@ def make_train_step(
       'present': {name: jnp.float32(present[name]) for name in names},
     }
     if hold_out is not None:
-      hold_out_loss, (hold_out_values, _) = gradients.hold_out
-      sums['hold_out_loss'] = hold_out_loss
-      sums['hold_out_task'] = {
-        name: hold_out_values.get(name, 0.0) * present[name] for name in names
-      }
+      sums['hold_out_loss'] = gradients.hold_out[0]
       if gradients.rho is not None:
         sums['rho'] = gradients.rho
     return sums, stats, present
@@ -263,23 +258,17 @@ def make_train_step(
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
       carry, _ = jax.lax.scan(body, (zeros, state.batch_stats), (keys, rows))
     total, stats = carry
-    seen = total.pop('present')
-    tasks_sums = {
-      key: total.pop(key) for key in ('task', 'hold_out_task') if key in total
-    }
+    seen, task_sums = total.pop('present'), total.pop('task')
     means = jax.tree.map(lambda x: x / count, total)
-    means |= {
+    means['task'] = {
       # A task that no episode held has no loss this step.
-      key: {
-        name: jnp.where(seen[name] > 0, value / seen[name], jnp.nan)
-        for name, value in task_sums.items()
-      }
-      for key, task_sums in tasks_sums.items()
+      name: jnp.where(seen[name] > 0, value / seen[name], jnp.nan)
+      for name, value in task_sums.items()
     }
     return means, stats, {name: seen[name] > 0 for name in names}
 
   def train_step(state, batches, key):
-    key_draw, key_run = jax.random.split(key)
+    key_draw, key_run, key_compare = jax.random.split(key, 3)
     draw = episode_draw if inner_steps else 'full'
     rows = episodes.draw(key_draw, len(names), draw)
     frozen = met = None
@@ -327,9 +316,17 @@ def make_train_step(
 
     sparsity = coefficient(state.rho, state.lambda_max)
     rho, rho_opt_state = state.rho, state.rho_opt_state
+    hold_out_loss = means.get('hold_out_loss')
     violation = restored = None
     if learned and objective.kind == 'tolerance':
-      (twin_params, twin_opt_state), _, (twin_means, twin_stats) = outer_step(
+      # θ⁰ against θ⁰: that is what is kept and evaluated, and inner steps can make up
+      # for almost anything that λ does to it.
+      compared = lambda params, stats: loss(
+        params, (_hold_out(batches), key_compare), stats, None
+      )
+      hold_out_loss, (sparse, _) = compared(state.params, state.batch_stats)
+      _, (dense, _) = compared(twin.params, twin.batch_stats)
+      (twin_params, twin_opt_state), _, (_, twin_stats) = outer_step(
         (twin.params, twin.opt_state),
         jnp.full_like(rho, -jnp.inf),  # λ = 0
         twin.batch_stats,
@@ -338,8 +335,8 @@ def make_train_step(
         twin._replace(
           params=twin_params, opt_state=twin_opt_state, batch_stats=twin_stats
         ),
-        means['hold_out_task'],
-        twin_means['hold_out_task'],
+        sparse,
+        dense,
         objective.decay,
       )
       violation = objectives.tolerance_violation(objective, twin)
@@ -379,8 +376,8 @@ def make_train_step(
       metrics |= {'lambda': sparsity, 'lambda_relative': jnp.exp(state.rho)}
     if differentiates:
       metrics['hypergradient'] = rho_gradient
-    if 'hold_out_loss' in means:
-      metrics['hold_out_loss'] = means['hold_out_loss']
+    if hold_out_loss is not None:
+      metrics['hold_out_loss'] = hold_out_loss
     if violation is not None:
       metrics['violation'] = violation
     if restored is not None:
@@ -403,6 +400,11 @@ def make_train_step(
     return new_state, metrics
 
   return train_step
+
+
+def _hold_out(batches):
+  """What λ is learned on."""
+  return batches.get('hold_out', batches['query'])
 
 
 def _merge_stats(old, new, present):

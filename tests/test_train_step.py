@@ -731,6 +731,32 @@ def test_the_twin_is_a_dense_run_beside_the_sparse_one():
     same(own, (new.twin.params, new.twin.opt_state, new.twin.batch_stats))
 
 
+def test_a_tolerance_compares_the_networks_before_their_inner_steps():
+  """Every task, also if the step's episode holds one only."""
+  names = ('edges', 'smiling')
+  p = problem(names)
+  outer, (rho_optimizer, coefficient) = prox_adamw(p.groups), learned()
+  step = p.step(
+    outer,
+    inner=inner_optimizer(p.groups),
+    inner_steps=1,
+    exact=False,
+    episode_draw='1',
+    rho_optimizer=rho_optimizer,
+    objective=Objective('tolerance'),
+  )
+  state, data = p.state(outer, **coefficient), batches()
+  other = jax.tree.map(lambda x: 0.9 * x, p.params)
+  twin = make_twin(other, state.opt_state, state.batch_stats, 2)
+  _, metrics = step(state._replace(twin=twin), data, KEY)
+  loss = lambda params, name: total_loss(p, params, data['hold_out'], (name,))[0]
+  for name in names:
+    gap = jnp.log(loss(p.params, name) / loss(other, name))
+    np.testing.assert_allclose(metrics[f'gap/{name}'], gap, rtol=1e-9)
+  total = sum(loss(p.params, name) for name in names)
+  np.testing.assert_allclose(metrics['hold_out_loss'], total, rtol=1e-9)
+
+
 def test_the_twin_has_no_tangent():
   """What the online hypergradient remembers is of the network that was given up."""
   p = problem(('smiling',))
