@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -674,6 +675,34 @@ def test_a_step_is_compiled_once(faces, overrides):
   after, _ = jax.eval_shape(one.experiment.train_step, state, batches, key)
   described = lambda x: (x.shape, x.dtype, x.weak_type)
   assert jax.tree.map(described, state) == jax.tree.map(described, after)
+
+
+def compiled(caplog):
+  """The programs whose compilation `jax.log_compiles` has told of."""
+  text = '\n'.join(caplog.messages)
+  return re.findall(r'Finished XLA compilation of (\S+)', text)
+
+
+def test_an_evaluation_after_a_step_compiles_nothing_more(faces, caplog):
+  one = running.open_run(config(faces), jax.devices()[:1], None)
+  step = jax.jit(one.experiment.train_step, out_shardings=one.replicated)
+  state, with_statistics, evaluate = (
+    one.initial_state(),
+    one.estimator(),
+    one.evaluator(),
+  )
+  evaluate(with_statistics(state), one.splits.val)
+  state, _ = step(state, one.feed().next(), jax.random.key(0))
+  with jax.log_compiles():
+    evaluate(with_statistics(state), one.splits.val)
+  assert not compiled(caplog)
+
+
+def test_a_budget_is_checked_by_one_program(faces, caplog):
+  c = config(faces, **{'sparsity.objective': 'budget'})
+  with jax.log_compiles():
+    build(c, data.labels(c.data.name))
+  assert len(compiled(caplog)) == 1
 
 
 def test_a_fixed_coefficient_of_layers_without_a_gradient(faces):
