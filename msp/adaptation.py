@@ -136,7 +136,9 @@ def adapt(
       rolled `lax.scan` compiles in time independent of K.
     again: leaves the derivative of ∇L to JAX, at more time and memory. Needed where
       that of θᴷ is differentiated again, under `jax.vmap` (which `jax.jacfwd` and
-      `jax.jacrev` use), and where λ is inside the loss, as with a ridge penalty.
+      `jax.jacrev` use), where λ is inside the loss, as with a ridge penalty, and where
+      ∇L is no gradient, as by a `custom_vjp` that reverses it or lets it straight
+      through: its derivative is taken to be symmetric, and is wrong if it is not.
     **extra_args: further arguments of the updates of `tx`.
 
   Returns:

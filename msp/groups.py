@@ -84,8 +84,10 @@ def find(
   Args:
     params: tree of arrays or `jax.ShapeDtypeStruct`s.
     pattern: regular expression that must match a leaf's whole path. The leaves it
-      matches have to be `(..., in, out)`: not so kernels of attention, whose last axes
-      are heads and features; a depthwise kernel is one input channel.
+      matches have to be `(..., in, out)`. Not so kernels of attention, whose last axes
+      are heads and features, and of `ConvTranspose(transpose_kernel=True)`, which are
+      (..., out, in). A depthwise kernel is one input channel, a grouped one those of
+      one of its parts, and layers stacked by a scan share their groups.
     axis: 'in' | 'out' | 'weight' | 'coupled'.
     granularity: 'scalar' (one λ), 'stage' (one for each second component of
       the paths, up to its '_': 'layer1_0' belongs to 'layer1') or 'layer'.
@@ -116,23 +118,23 @@ def find(
     if expression.fullmatch(path_name(path))
   ]
   if not matched:
-    kernels = [path_name(path) for path, leaf in leaves if len(leaf.shape) > 1]
+    kernels = [path_name(path) for path, leaf in leaves if len(_shape(leaf)) > 1]
     examples = ', '.join(kernels[:3]) or 'no array of two dimensions or more'
     raise UserError(
       f'sparsity pattern {pattern!r} matches no parameter as a whole; the tree has for '
       f'example {examples}'
     )
   for name, leaf in matched:
-    if len(leaf.shape) < 2:
+    if len(_shape(leaf)) < 2:
       raise UserError(
         f'sparsity pattern {pattern!r} matches {name}, which has shape '
-        f'{leaf.shape} and so no {axis} channels; match kernels only'
+        f'{_shape(leaf)} and so no {axis} channels; match kernels only'
       )
     logger.debug('groups: %s %s by %s', name, leaf.shape, axis)
   layers = tuple(name for name, _ in matched)
   members = ()
   if axis == 'coupled':
-    shapes = {path_name(path): leaf.shape for path, leaf in leaves}
+    shapes = {path_name(path): _shape(leaf) for path, leaf in leaves}
     coupled = {
       f'backbone/{stream.name}': found
       for stream in streams
@@ -147,7 +149,7 @@ def find(
   if granularity == 'scalar':
     keys = ['all'] * len(layers)
   elif granularity == 'stage':
-    if any('/' not in name for name in layers):
+    if any(name.count('/') < 2 for name in layers):
       raise UserError(
         f'sparsity granularity stage needs paths such as backbone/layer1_0/kernel; '
         f'there is {layers[0]}'
@@ -155,12 +157,18 @@ def find(
     keys = [name.split('/')[1].split('_')[0] for name in layers]
   elif granularity == 'layer':
     keys = [short_name(name) for name in layers]
+    if len(set(keys)) < len(keys):
+      keys = list(layers)
   else:
     raise UserError(
       f'sparsity granularity {granularity!r} is not one of scalar, stage, layer'
     )
   names = tuple(dict.fromkeys(keys))
   return Groups(axis, layers, tuple(names.index(k) for k in keys), names, members)
+
+
+def _shape(leaf):
+  return getattr(leaf, 'shape', ())  # a Python number has none
 
 
 def _members(stream, matched, shapes):
@@ -273,6 +281,11 @@ def coefficients(groups: Groups, sparsity: jax.Array | float) -> dict[str, jax.A
   Raises:
     UserError: `sparsity` has neither shape; it is known, and below 0 or not a number.
   """
+  if isinstance(sparsity, Mapping) or callable(sparsity):
+    raise UserError(
+      f'sparsity coefficient is a {type(sparsity).__name__}: expected a scalar or '
+      f'{len(groups.names)} entries ({", ".join(groups.names)})'
+    )
   known = not isinstance(sparsity, jax.core.Tracer)
   if known and not (np.asarray(sparsity) >= 0).all():
     raise UserError(f'sparsity coefficient is {sparsity}; it has to be 0 or more')
@@ -328,6 +341,7 @@ def expand(value: jax.Array, x: jax.Array, axis: int | None) -> jax.Array:
 
 def penalty(groups: Groups, params: PyTree) -> jax.Array:
   """R(θ) = Σ_layers Σ_g √n_g ‖θ_g‖₂, the group lasso; shape ()."""
+  require(groups, params)
   axis = groups.array_axis
   return sum(
     math.sqrt(size(leaf, axis)) * jnp.sum(norms(leaf, axis))
@@ -349,16 +363,18 @@ def lambda_max(groups: Groups, gradients: PyTree) -> jax.Array:
   Returns:
     Shape (len(groups.names),): the maximum over the layers of each entry.
   """
-  axis = groups.array_axis
-  leaves = select(groups, gradients).values()
+  require(groups, gradients)
+  axis, leaves = groups.array_axis, select(groups, gradients)
+  entries = [groups.entries[groups.layers.index(layer)] for layer in leaves]
   per_layer = jnp.stack(
-    [jnp.max(norms(g, axis)) / math.sqrt(size(g, axis)) for g in leaves]
+    [jnp.max(norms(g, axis)) / math.sqrt(size(g, axis)) for g in leaves.values()]
   )
-  return jax.ops.segment_max(per_layer, jnp.array(groups.entries), len(groups.names))
+  return jax.ops.segment_max(per_layer, jnp.array(entries), len(groups.names))
 
 
 def alive(groups: Groups, params: PyTree) -> dict[str, jax.Array]:
   """Which groups hold a non-zero weight: layer -> bool, one entry a group."""
+  require(groups, params)
   axis = groups.array_axis
   return {
     layer: jnp.any(leaf != 0, axis=other_axes(leaf, axis))

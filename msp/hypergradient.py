@@ -16,6 +16,7 @@ In units of one inner step (gradient and prox), for a ρ of n entries:
 | online    | n · the outer step | tangent of whole state   | of the run (γ = 1) |
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -153,7 +154,7 @@ def hypergradient(
   last: Callable[[PyTree, jax.Array], PyTree] | None = None,
   solver: Solver = CG,
 ) -> tuple[jax.Array, jax.Array]:
-  """The derivative d outer_loss(θᴷ(ρ))/dρ for any loss of any parameter tree.
+  """The derivative d outer_loss(θᴷ(ρ))/dρ for any loss of a tree of float parameters.
 
       inner = lambda p, rho: msp.adapt(
           loss, p, batches, tx, sparsity=jnp.exp(rho))[0]
@@ -231,7 +232,11 @@ def implicit(
 
   Returns:
     Shape of ρ.
+
+  Raises:
+    UserError: unknown solver.
   """
+  _check_solver(solver)
   _, pull_back = jax.vjp(step, params, rho)
   minus = lambda a, b: jax.tree.map(jnp.subtract, a, b)
   transposed = lambda v: minus(v, pull_back(v)[0])  # (I − J)ᵀ v
@@ -342,7 +347,9 @@ def online(
     size = optax.tree.norm(floats_of(new[0]))
     # The first of a state's leaves are θ⁰'s.
     moved = optax.tree.norm(leaving[: len(floats_of(new[0]))])
-    scale = decay * jnp.minimum(1, max_norm * size / jnp.where(moved > 0, moved, 1))
+    scale = decay
+    if max_norm < math.inf:  # inf · 0, where all weights are gone, would be NaN
+      scale *= jnp.minimum(1, max_norm * size / jnp.where(moved > 0, moved, 1))
     columns.append([(scale * z).astype(z.dtype) for z in leaving])
     products.append(product)
   tangent = jax.tree.unflatten(
@@ -362,6 +369,12 @@ def _check(mode, known, last, solver):
     )
   if mode in ('truncated', 'implicit') and last is None:
     raise UserError(f'hypergradient {mode!r} needs `last`')
+  _check_solver(solver)
+
+
+def _check_solver(solver):
+  if not isinstance(solver, Solver):
+    raise UserError(f'solver is {solver!r}; give an msp.Solver')
   if solver.name not in SOLVERS:
     raise UserError(f'unknown solver {solver.name!r}; known: {", ".join(SOLVERS)}')
 

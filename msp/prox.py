@@ -25,7 +25,8 @@ def group_lasso(
   """argmin_z ½‖z − x‖² + Σ_g t_g ‖z_g‖₂.
 
   z_g = x_g · max(0, 1 − t_g/‖x_g‖). Dead groups are exactly 0; at t = 0 the
-  result is x to the bit. Every derivative is finite, also at a zero group.
+  result is x to the bit, and its derivative in t that from above. Every derivative is
+  finite, also at a zero group.
 
   Args:
     x: kernel, shape (..., in, out), float.
@@ -40,7 +41,7 @@ def group_lasso(
   survives = norm > t
   scale = jnp.where(survives, 1 - t / jnp.where(survives, norm, 1), 0)
   # At t = 0 a zero group is not dead but untouched: derivative 1, not 0.
-  return jnp.where(t > 0, x * scale, x)
+  return jnp.where((t > 0) | survives, x * scale, x)
 
 
 def l1(
@@ -59,7 +60,7 @@ def l1(
   t = jnp.asarray(threshold, x.dtype)
   t = gr.expand(t, x, axis if t.ndim == 1 else None)
   shrunk = jnp.sign(x) * jnp.maximum(jnp.abs(x) - t, 0)
-  return jnp.where(t > 0, shrunk, x)
+  return jnp.where((t > 0) | (x != 0), shrunk, x)
 
 
 def l1_weighted(
@@ -115,7 +116,9 @@ def _group_lasso_weighted(problems, axis):
 
   def finish(x, t, survives, safe_x, safe_d, safe_t, root):
     z = safe_x * safe_d * root / (safe_d * root + safe_t)
-    return jnp.where(t > 0, jnp.where(survives, z, 0), x)
+    # Untouched at t = 0, but not without a derivative in t.
+    z = jnp.where(t > 0, z, x + (z - jax.lax.stop_gradient(z)))
+    return jnp.where(survives, z, jnp.where(t > 0, 0, x))
 
   return list(map(finish, kernels, t, survives, *safe, roots))
 
@@ -127,7 +130,7 @@ def _with_root(x, d, threshold, axis):
     t, [n if i == axis % x.ndim else 1 for i, n in enumerate(x.shape)]
   )
   scaled = gr.expand(gr.norms(d * x, axis), x, axis)
-  survives = (scaled > t) & (t > 0)
+  survives = scaled > t
   # Groups without a root get one that is easy: x = d = 1, t = 0, so ϑ = √n.
   safe = (jnp.where(survives, *pair) for pair in ((x, 1), (d, 1), (t, 0)))
   return t, survives, *safe
@@ -207,12 +210,12 @@ def sparse_group_lasso(
     x: kernel, shape (..., in, out), float.
     threshold: t ≥ 0, shape () or one for each group.
     axis: the axis that counts groups, or None for single weights.
-    l1_threshold: s ≥ 0, shape ().
+    l1_threshold: s ≥ 0, shape () or one for each group.
 
   Returns:
     z, shape and dtype of x.
   """
-  return group_lasso(l1(x, l1_threshold), threshold, axis)
+  return group_lasso(l1(x, l1_threshold, axis), threshold, axis)
 
 
 def sparse_group_lasso_weighted(
@@ -228,7 +231,9 @@ def sparse_group_lasso_weighted(
   The composition holds in every diagonal metric: where |x_i| > s/d_i the optimality
   condition is that of the group lasso at x_i − s/d_i · sign x_i, elsewhere z_i = 0.
   """
-  shrunk = jax.tree.map(l1_weighted, x, metric, l1_threshold)
+  shrunk = jax.tree.map(
+    lambda x, d, s: l1_weighted(x, d, s, axis), x, metric, l1_threshold
+  )
   return group_lasso_weighted(shrunk, metric, threshold, axis)
 
 
@@ -259,6 +264,7 @@ def group_mcp(
   """
   r = gr.expand(gr.norms(x, axis), x, axis)
   t = gr.expand(jnp.asarray(threshold, x.dtype), x, axis)
+  step = jnp.asarray(step, x.dtype)
   scale = _shrink(r, r - t) / (1 - step / gamma)
   return jnp.where((t > 0) & (step * r <= gamma * t), x * scale, x)
 
@@ -290,6 +296,7 @@ def group_scad(
   """
   r = gr.expand(gr.norms(x, axis), x, axis)
   t = gr.expand(jnp.asarray(threshold, x.dtype), x, axis)
+  step = jnp.asarray(step, x.dtype)
   middle = ((a - 1) * r - a * t) / (a - 1 - step)
   norm = jnp.where(step * r <= t * (1 + step), r - t, middle)
   return jnp.where((t > 0) & (step * r <= a * t), x * _shrink(r, norm), x)
@@ -337,9 +344,9 @@ def _group_lasso() -> Penalty:
 
 def _l1() -> Penalty:
   return Penalty(
-    lambda x, step, lam, axis: l1(x, step * lam),
+    lambda x, step, lam, axis: l1(x, step * lam, axis),
     lambda x, d, step, lam, axis: jax.tree.map(
-      lambda x, d, lam: l1_weighted(x, d, step * lam), x, d, lam
+      lambda x, d, lam: l1_weighted(x, d, step * lam, axis), x, d, lam
     ),
   )
 
@@ -378,6 +385,8 @@ def _concave(prox, slope, max_step) -> Penalty:
 
 
 def _group_mcp(gamma: float = 30.0) -> Penalty:
+  if not gamma > 0:
+    raise UserError(f'group_mcp: gamma is {gamma}; it has to be above 0')
   return _concave(
     functools.partial(group_mcp, gamma=gamma),
     lambda r, w: jnp.maximum(w - r / gamma, 0),
@@ -386,6 +395,8 @@ def _group_mcp(gamma: float = 30.0) -> Penalty:
 
 
 def _group_scad(a: float = 30.0) -> Penalty:
+  if not a > 1:
+    raise UserError(f'group_scad: a is {a}; it has to be above 1')
   return _concave(
     functools.partial(group_scad, a=a),
     lambda r, w: jnp.clip((a * w - r) / (a - 1), 0, w),
@@ -412,7 +423,7 @@ def get_penalty(name: str, **options: float) -> Penalty:
       weights are larger against their gradients.
 
   Raises:
-    UserError: unknown name or option.
+    UserError: unknown name or option, or one out of its range.
   """
   if name not in PENALTIES:
     raise UserError(f'unknown penalty {name!r}; known: {", ".join(sorted(PENALTIES))}')

@@ -2,8 +2,7 @@
 
 tx = optax.chain(
   optax.clip_by_global_norm(1.0),
-  optax.adamw(lr),
-  msp.proximal('group_lasso', groups, learning_rate=lr),
+  msp.adaptive_proximal(optax.adamw(lr), 'group_lasso', groups, learning_rate=lr),
 )
 updates, state = tx.update(grads, state, params, sparsity=lam)
 params = optax.apply_updates(params, updates)  # dead groups are exactly 0
@@ -46,25 +45,29 @@ def proximal(
   groups: gr.Groups,
   learning_rate: optax.ScalarOrSchedule,
   *,
+  sparsity: optax.ScalarOrSchedule | None = None,
   min_alive: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Proximal step in the Euclidean metric; the last link of a chain.
 
   With p the parameters and u the incoming updates it returns prox(p + u) − p,
   prox(x) = argmin_z ½‖z − x‖² + α λ R(z), so that `optax.apply_updates` lands
-  on the proximal point. It fits optimisers whose step is −α · gradient (SGD).
+  on the proximal point. It fits optimisers whose step is −α · gradient (SGD). It
+  shrinks in every call: `optax.MultiSteps` and `optax.apply_if_finite`, which make a
+  step in some calls only, have to be around the whole chain.
 
   Args:
     penalty: a name of `msp.prox.PENALTIES`, or `msp.prox.get_penalty` of one with
       its options.
     groups: which leaves, and along which axis; all others pass through.
     learning_rate: α, the step size of the optimiser before it, or a schedule.
+    sparsity: λ, or a schedule of it, where `update` is not given one.
     min_alive: the strongest `min_alive` groups of each layer are shrunk, but
       never below a root mean square weight of 1e-3. None: all may die. One of
       `static_args` to `optax.inject_hyperparams`.
 
   Returns:
-    A transform whose `update` needs `params` and the keyword `sparsity`: λ,
+    A transform whose `update` needs `params`, and takes the keyword `sparsity`: λ,
     shape () or (len(groups.names),), through which it is differentiable.
 
   Raises:
@@ -80,16 +83,19 @@ def proximal(
     gr.require(groups, params)
     return ProximalState(jnp.zeros([], jnp.int32))
 
-  def update(updates, state, params=None, *, sparsity, **extra_args):
+  default = sparsity
+
+  def update(updates, state, params=None, *, sparsity=None, **extra_args):
     del extra_args
     if params is None:
       raise ValueError(_NO_PARAMS)
-    step = _step_size(learning_rate, state.count)
+    step = _at(learning_rate, state.count)
+    lam = _coefficient(sparsity, default, state.count)
 
     def prox(x, lam):
       return jax.tree.map(lambda x, lam: kind.prox(x, step, lam, axis), x, lam)
 
-    updates = _proximal_updates(prox, groups, params, updates, sparsity, min_alive)
+    updates = _proximal_updates(prox, groups, params, updates, lam, min_alive)
     return updates, ProximalState(optax.safe_increment(state.count))
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -104,6 +110,7 @@ def adaptive_proximal(
   b2: float = 0.999,
   eps: float = 1e-8,
   eps_root: float = 0.0,
+  sparsity: optax.ScalarOrSchedule | None = None,
   min_alive: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Runs `inner`, then a proximal step in the metric of its second moment.
@@ -118,7 +125,8 @@ def adaptive_proximal(
   Args:
     inner: an optax transform whose step is in that metric: adam, adamw, nadam,
       nadamw, adabelief, yogi, rmsprop. Others keep the same state and step in
-      another metric, which cannot be seen from here: adamax, radam, lamb.
+      another metric, which cannot be seen from here: adamax, radam, lamb, adopt. It
+      gets what further arguments `update` is given, `sparsity` included.
     penalty: see `proximal`.
     groups: which leaves, and along which axis.
     learning_rate: α of `inner`, or a schedule.
@@ -127,10 +135,11 @@ def adaptive_proximal(
       mean square of its weights exceeds αλ/eps.
     eps_root: as given to `inner`; > 0 if the step is differentiated. `optax.rmsprop`
       adds its eps inside the root: eps_root is that one, and eps = 0.
+    sparsity: see `proximal`.
     min_alive: see `proximal`.
 
   Returns:
-    A transform; `update` needs `params` and the keyword `sparsity`.
+    A transform; `update` needs `params`, and takes the keyword `sparsity`.
 
   Raises:
     UserError: on `init`, if `inner` keeps no second moment of this kind, or several,
@@ -152,13 +161,18 @@ def adaptive_proximal(
       )
     return AdaptiveProximalState(jnp.zeros([], jnp.int32), inner_state)
 
-  def update(updates, state, params=None, *, sparsity, **extra_args):
+  default = sparsity
+
+  def update(updates, state, params=None, *, sparsity=None, **extra_args):
     if params is None:
       raise ValueError(_NO_PARAMS)
+    if sparsity is not None:
+      extra_args['sparsity'] = sparsity
     updates, inner_state = inner.update(
       updates, state.inner_state, params, **extra_args
     )
-    step = _step_size(learning_rate, state.count)
+    step = _at(learning_rate, state.count)
+    lam = _coefficient(sparsity, default, state.count)
     before, moment = _second_moment(state.inner_state), _second_moment(inner_state)
     # RMSProp counts no steps and corrects no bias.
     count = moment.count if 'count' in moment._fields else None
@@ -176,7 +190,7 @@ def adaptive_proximal(
       z = kind.prox_weighted(x, metrics, step, lam, axis)
       return z if count is None else optax.tree.where(moved, z, x)
 
-    updates = _proximal_updates(prox, groups, params, updates, sparsity, min_alive)
+    updates = _proximal_updates(prox, groups, params, updates, lam, min_alive)
     done = optax.safe_increment(state.count)
     return updates, AdaptiveProximalState(
       jnp.where(moved, done, state.count), inner_state
@@ -221,8 +235,17 @@ def freeze_dead(groups: gr.Groups) -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _step_size(learning_rate, count):
-  return learning_rate(count) if callable(learning_rate) else learning_rate
+def _at(value, count):
+  """A number as it is, a schedule at its step."""
+  return value(count) if callable(value) else value
+
+
+def _coefficient(given, default, count):
+  if given is None and default is None:
+    raise ValueError(
+      'this transform needs λ: call update(…, sparsity=λ), or make it with sparsity=λ'
+    )
+  return _at(default, count) if given is None else given
 
 
 def _check_step(penalty, learning_rate):
@@ -252,8 +275,9 @@ def _proximal_updates(prox, groups, params, updates, sparsity, min_alive):
   x = {layer: p + incoming[layer] for layer, p in before.items()}
   z = prox(x, {layer: coefficients[layer] for layer in x})
   outgoing = {
+    # In less than the parameters' precision p + (z − p) would not be z.
     layer: (_protect(x[layer], z[layer], axis, min_alive) - p).astype(
-      incoming[layer].dtype
+      jnp.promote_types(p.dtype, incoming[layer].dtype)
     )
     for layer, p in before.items()
   }
@@ -305,10 +329,11 @@ _OTHER_METRICS = (
   optax.ScaleByNovogradState,
   optax.ScaleByRStdDevState,
   optax.ScaleBySM3State,
+  optax.contrib.ScheduleFreeState,  # steps at a point beside the parameters
 )
 
 # The same of optimisers whose state is that of Adam.
-_OTHER_OPTIMIZERS = ('adamax', 'adamaxw', 'lamb', 'radam')
+_OTHER_OPTIMIZERS = ('adamax', 'adamaxw', 'contrib.adopt', 'lamb', 'radam')
 
 
 def _second_moment(state: Any) -> Any:
@@ -321,11 +346,13 @@ def _second_moment(state: Any) -> Any:
       f'(nu), such as adam, adamw or rmsprop; found {len(nodes)}. After a '
       f'plain step (sgd) use proximal instead'
     )
-  if isinstance(nodes[0], _OTHER_METRICS):
+  is_other = lambda node: isinstance(node, _OTHER_METRICS)
+  others = [n for n in jax.tree.leaves(state, is_leaf=is_other) if is_other(n)]
+  if others:
     raise UserError(
       f'adaptive_proximal needs an inner transform whose step is divided by the root '
       f'of its second moment, such as adam, adamw or rmsprop; that of '
-      f'{type(nodes[0]).__name__} is not'
+      f'{type(others[0]).__name__} is not'
     )
   return nodes[0]
 
@@ -559,7 +586,7 @@ def metric(entry: Mapping[str, Any], where: str) -> dict[str, float]:
       f'{where}: the prox in the metric of a second moment does not fit '
       f'{entry["name"]}; use adam, adamw or rmsprop, or sparsity.metric=euclidean'
     )
-  factory = getattr(optax, entry['name'], None)
+  factory = _find(entry['name'])
   values = inspect.signature(factory).parameters if factory else {}
   values = {name: parameter.default for name, parameter in values.items()}
   values |= dict(entry)
@@ -582,13 +609,19 @@ def _call(factory, name, arguments, where):
     ) from None
 
 
+def _find(name):
+  """A function of optax by its name, such as 'contrib.prodigy'; None: there is none."""
+  found: Any = optax
+  for part in name.split('.'):
+    found = getattr(found, part, None)
+  return found
+
+
 def _resolve(entry, where, differentiated):
   name = entry.pop('name', None)
   factory: Any = _OWN.get(name)
   if factory is None and isinstance(name, str):
-    factory = optax
-    for part in name.split('.'):
-      factory = getattr(factory, part, None)
+    factory = _find(name)
   if not callable(factory):
     raise UserError(
       f'{where}: unknown transform {name!r}; known are the functions of optax '

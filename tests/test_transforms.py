@@ -439,7 +439,7 @@ def test_missing_arguments_are_errors():
     state = tx.init(params)
     with pytest.raises(ValueError, match='params'):
       tx.update(GRADS, state, sparsity=0.1)
-    with pytest.raises(TypeError, match='sparsity'):
+    with pytest.raises(ValueError, match='sparsity'):
       tx.update(GRADS, state, params)
     with pytest.raises(UserError, match='expected a scalar or 1 entries'):
       tx.update(GRADS, state, params, sparsity=jnp.ones(3))
