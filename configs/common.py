@@ -103,7 +103,8 @@ def base() -> ConfigDict:
   config.sparsity.search = 0.0  # of 'tolerance': share of the steps, see msp.objectives
   config.sparsity.target = 0.5  # of 'budget': the share to remove, of
   config.sparsity.measure = 'groups'  # 'groups' | 'weights' | 'flops'
-  # Share of the steps in which it is approached, until dead groups stay dead at most.
+  # Share of the steps in which it is approached, until dead groups stay dead at most;
+  # under 'holdout' the share that may be dead grows from 0 to 1 in them, 0: any may.
   config.sparsity.rise = 0.6
   # ρ's optimiser under each objective. A hypergradient has no scale of its own; the
   # signal of a constraint has: it is 0 where the constraint holds exactly.
@@ -113,6 +114,7 @@ def base() -> ConfigDict:
   config.sparsity.optimizers.holdout = [
     ConfigDict(dict(name='scale_by_mean_magnitude', decay=0.95, clip=3.0)),
     ConfigDict(follow | dict(momentum=0.9)),
+    ConfigDict(dict(name='retreat', rate=0.1)),
     ConfigDict(bounds),
   ]
   constraint = [
@@ -231,7 +233,8 @@ def warmup_cosine(config: ConfigDict, peak: float) -> ConfigDict:
 def _step_of_rho(config, objective, schedule):
   """Gives ρ a step size under one objective."""
   entries = list(config.sparsity.optimizers[objective])
-  entries[-2] = ConfigDict(entries[-2].to_dict() | dict(learning_rate=schedule))
+  (at,) = (i for i, entry in enumerate(entries) if 'learning_rate' in entry)
+  entries[at] = ConfigDict(entries[at].to_dict() | dict(learning_rate=schedule))
   config.sparsity.optimizers[objective] = entries
 
 

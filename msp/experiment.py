@@ -170,7 +170,7 @@ def build(
     if learned and objective.kind == 'tolerance':
       twin = objectives.make_twin(params, state.opt_state, batch_stats, len(tasks))
       state = state._replace(twin=twin)
-    if learned and objective.kind == 'budget':
+    if learned and (objective.kind == 'budget' or objective.rise):
       share = objectives.removed(objective, groups, params)
       state = state._replace(removed_at_start=share)
     return state
@@ -232,10 +232,10 @@ def _objective(config, model, shape, hold_out_images):
   sparsity = config.sparsity
   share = config.train.batch_size // (2 if config.meta.inner_steps else 1)
   # No longer than until dead groups stay dead.
-  rise = 0
-  if sparsity.objective == 'budget':
+  rise, budget = 0, sparsity.objective == 'budget'
+  if sparsity.objective != 'tolerance':
     rise = round(min(sparsity.rise, 1 - sparsity.settle) * config.train.steps)
-  by_flops = sparsity.objective == 'budget' and sparsity.measure == 'flops'
+  by_flops = budget and sparsity.measure == 'flops'
   objective = objectives.Objective(
     kind=sparsity.objective,
     target=sparsity.target,
@@ -247,7 +247,7 @@ def _objective(config, model, shape, hold_out_images):
     hold_out_batches=max(hold_out_images / max(share, 1), 1.0),
   )
   objectives.check(objective)
-  return objective
+  return objective if budget else objective._replace(measure='groups')
 
 
 def _check(config):
@@ -360,7 +360,7 @@ def _check(config):
   if not 0 <= sparsity.rise <= 1:
     raise UserError(
       f'sparsity.rise is {sparsity.rise}; the share of the steps in which a budget is '
-      f'approached has to be in [0, 1]'
+      f'approached, or more and more may be dead, has to be in [0, 1]'
     )
   if sparsity.search > 1 - sparsity.settle:
     raise UserError(

@@ -1,6 +1,7 @@
 """What λ is for: the signal that moves ρ, one of three.
 
-`holdout`: ρ follows the hypergradient of the hold-out loss, as published.
+`holdout`: ρ follows the hypergradient of the hold-out loss, as published; within a
+trust region (`early`): what may be dead grows with the steps.
 
 `tolerance`: the sparsest network whose hold-out loss, of every task, stays close to
 that of a dense one, its twin, which is trained beside it on the same batches. Both
@@ -33,7 +34,7 @@ PyTree = Any
 KINDS = ('holdout', 'tolerance', 'budget')
 MEASURES = ('groups', 'weights', 'flops')
 
-# The band, as a share removed, in which the budget's signal is proportional.
+# The band, as a share removed, in which a violation is less than 1.
 BUDGET_BAND = 0.05
 # What noise keeps from dying, as a share of dead · alive: CamVid in docs/results.md.
 UNSETTLED = 0.5
@@ -57,7 +58,8 @@ class Objective(NamedTuple):
     tolerance: of 'tolerance', ε ≥ 0, the relative increase of the hold-out loss that
       is allowed, or one standard error of the twin's loss if that is more.
     search: of 'tolerance', steps that only search for λ; 0: none.
-    rise: of 'budget', steps in which its aim rises; 0: it is the target at once.
+    rise: of 'budget', steps in which its aim rises; 0: it is the target at once. Of
+      'holdout', steps in which the share that may be dead rises to 1; 0: any may.
     hold_out_batches: hold-out images / images a batch, for the standard error.
     decay: of the running means.
   """
@@ -344,6 +346,35 @@ def tolerance_violation(objective: Objective, twin: Twin) -> jax.Array:
   limit = allowed(objective, twin)
   # Two equal losses, as in the first step, leave nothing to divide by.
   return jnp.max((twin.gap - limit) / jnp.maximum(limit, 1e-6))
+
+
+def early(
+  objective: Objective,
+  groups: gr.Groups,
+  params: PyTree,
+  at_start: jax.Array | float,
+  step: jax.Array | float,
+) -> jax.Array:
+  """(dead − allowed)/`BUDGET_BAND`: > 0 where more is dead than may be by now.
+
+  allowed = a + (1 − a) min(t/rise, 1), a the share dead at the start: the aim of a
+  budget for everything. In its first steps a network learns faster the more λ shrinks
+  its weights, behind norms, and the hypergradient asks for more; the groups that die of
+  it do not come back when it no longer does. So a λ that nothing holds back ends where
+  it has been by then, and a large start stays large.
+
+  Args:
+    objective: of kind 'holdout', with a rise.
+    groups: which groups.
+    params: θ⁰.
+    at_start: a, shape ().
+    step: outer steps done before the one that led to θ⁰, shape ().
+
+  Returns:
+    Shape ().
+  """
+  allowed = at_start + (1 - at_start) * jnp.minimum(step / objective.rise, 1)
+  return (removed(objective, groups, params) - allowed) / BUDGET_BAND
 
 
 def budget_violation(

@@ -175,7 +175,8 @@ def _loop(run, state, progress, feed, evaluate, checkpoints, writer):
   # budget may be met.
   scored_from = 0
   if config.sparsity.coefficient == 'learned':
-    scored_from = experiment.settled or experiment.objective.rise
+    budget = experiment.objective.kind == 'budget'
+    scored_from = experiment.settled or (experiment.objective.rise if budget else 0)
 
   def record(step, metrics):
     starved = monitor.check(step, metrics)

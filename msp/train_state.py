@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
     twin: the dense reference of the objective 'tolerance', see `msp.objectives`;
       None for the others.
     removed_at_start: share that is gone from θ's first values, shape (); None unless
-      the objective is 'budget'.
+      the objective is 'budget', or 'holdout' with a trust region.
   """
 
   step: jax.Array

@@ -150,7 +150,8 @@ def make_train_step(
     scalars but for 'alive', shape (layers,), int32, and 'lambda', 'lambda_relative'
     (λ/λ_max) and 'hypergradient', of ρ's shape. λ is that of ρ, also where a budget is
     met and the step makes no use of it.
-    'violation' is what drives ρ under a constraint (> 0: λ too large), 'gap/<task>'
+    'violation' is what drives ρ under a constraint (> 0: λ too large), and goes to
+    rho_optimizer as a further argument; 'gap/<task>'
     and 'gap_allowed/<task>' the hold-out loss against the twin's and its bound,
     'restored' whether the network has become its twin again;
     'nonfinite' is the position of the first gradient leaf with a NaN or infinity,
@@ -350,11 +351,17 @@ def make_train_step(
       violation = objectives.budget_violation(
         objective, groups, params, state.removed_at_start, state.step, settled
       )
+    elif learned and objective.rise:
+      violation = objectives.early(
+        objective, groups, params, state.removed_at_start, state.step
+      )
     if learned:
       direction = rho_gradient
-      if violation is not None:
+      if objective.kind != 'holdout':
         direction = objectives.signal(violation, rho, rho_gradient)
-      rho_updates, rho_opt_state = rho_optimizer.update(direction, rho_opt_state, rho)
+      rho_updates, rho_opt_state = optax.with_extra_args_support(rho_optimizer).update(
+        direction, rho_opt_state, rho, violation=violation
+      )
       rho = optax.apply_updates(rho, rho_updates)
       if met is not None:
         rho = jnp.where(met, state.rho, rho)

@@ -476,6 +476,31 @@ def anticipate(horizon: float, decay: float = 0.8) -> optax.GradientTransformati
   return optax.GradientTransformation(init, update)
 
 
+def retreat(rate: float = 0.1) -> optax.GradientTransformationExtraArgs:
+  """Makes updates fall where a constraint is violated.
+
+  u ← min(u, 0) − rate · min(v, 1) where v > 0, v the keyword `violation` of `update`:
+  the trust region of the objective `holdout` (`msp.objectives.early`).
+
+  Args:
+    rate: of the fall, a step.
+
+  Returns:
+    A transform without a state. Without a violation updates pass through.
+  """
+
+  def update(updates, state, params=None, *, violation=None, **extra_args):
+    del params, extra_args
+    if violation is None:
+      return updates, state
+    fall = rate * jnp.clip(violation, 0, 1)
+    back = lambda u: jnp.where(violation > 0, jnp.minimum(u, 0) - fall, u)
+    return jax.tree.map(lambda u: back(u).astype(u.dtype), updates), state
+
+  init = lambda params: optax.EmptyState()
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
 def clip_by_weight_norm(
   max_ratio: float = 1.0, min_norm: float = 1e-3
 ) -> optax.GradientTransformation:
@@ -644,6 +669,7 @@ def _resolve(entry, where, differentiated):
 _OWN: dict[str, Callable[..., optax.GradientTransformation]] = {
   'scale_by_mean_magnitude': scale_by_mean_magnitude,
   'anticipate': anticipate,
+  'retreat': retreat,
   'bounded': bounded,
   'clip_by_weight_norm': clip_by_weight_norm,
 }

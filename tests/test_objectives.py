@@ -146,6 +146,21 @@ def test_removed_counts_groups_weights_and_flops():
   assert objectives.budget_violation(o, groups, params()) < 0
 
 
+def test_what_may_be_dead_grows_with_the_steps():
+  params = {'backbone': {'kernel': jnp.ones((5, 3)).at[:2].set(0)}}
+  groups = gr.find(params)
+  o = Objective('holdout', rise=8)
+  for at_start, step, allowed in (
+    (0.0, 0, 0.0),
+    (0.0, 2, 0.25),
+    (0.2, 2, 0.4),
+    (0.0, 8, 1.0),
+    (0.2, 9, 1.0),
+  ):
+    got = objectives.early(o, groups, params, at_start, step)
+    np.testing.assert_allclose(got, (0.4 - allowed) / objectives.BUDGET_BAND, atol=1e-5)
+
+
 @pytest.mark.parametrize(
   ('rise', 'at_start', 'settled', 'aims'),
   [

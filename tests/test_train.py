@@ -535,6 +535,7 @@ def test_a_coefficient_that_starves_the_network_is_lowered(
 ):
   """Under `holdout`, where nothing else notices; a kill changes nothing."""
   c = config(faces, **{'sparsity.start': 1.0, 'sparsity.settle': 0.0})
+  c.sparsity.rise = 0.0  # or it would be lowered before
   c.optimizer[0].learning_rate = 0.1  # what λ_max does in many smaller steps
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   with caplog.at_level(logging.INFO, logger='msp'):

@@ -791,6 +791,38 @@ def test_the_twin_has_no_tangent():
     assert any(z.any() for z in jax.tree.leaves(new.tangent)) != restored
 
 
+def test_the_hold_out_loss_is_followed_as_long_as_few_enough_are_dead():
+  p = problem(('smiling',))
+  outer = prox_adamw(p.groups)
+  rho_optimizer = optax.chain(optax.sgd(RHO_RATE), transforms.retreat(0.3))
+  step = p.step(
+    outer,
+    inner=inner_optimizer(p.groups),
+    inner_steps=1,
+    exact=False,
+    rho_optimizer=rho_optimizer,
+    objective=Objective('holdout', rise=4),
+  )
+  rho = jnp.array(-2.0)
+  state = p.state(
+    outer,
+    rho=rho,
+    lambda_max=jnp.array(0.3),
+    rho_opt_state=rho_optimizer.init(rho),
+    removed_at_start=jnp.zeros(()),
+  )
+  alive = gr.alive(p.groups, p.params)
+  keep = {layer: np.arange(mask.size) < 2 for layer, mask in alive.items()}
+  sparse = state._replace(params=gr.remove(p.groups, p.params, keep))
+  for at, count, retreats in ((state, 0, False), (sparse, 0, True), (sparse, 4, False)):
+    new, metrics = step(at._replace(step=jnp.int32(count)), batches(), KEY)
+    assert (metrics['violation'] > 0) == retreats
+    update = -RHO_RATE * metrics['hypergradient']
+    if retreats:
+      update = min(update, 0) - 0.3 * min(metrics['violation'], 1)
+    np.testing.assert_allclose(new.rho - rho, update, rtol=1e-9)
+
+
 def test_a_budget_moves_a_vector_of_coefficients_by_the_hold_out_loss_too():
   p = problem(('smiling',))
   groups = gr.find(p.params, r'backbone/layer.*kernel', 'in', 'layer')

@@ -429,6 +429,19 @@ def test_prox_has_to_be_last():
   assert dead[1] == 0
 
 
+def test_updates_retreat_from_a_violation():
+  tx = optax.with_extra_args_support(transforms.retreat(0.1))
+  updates = jnp.array([0.5, -0.5])
+  for violation, wanted in (
+    (None, [0.5, -0.5]),
+    (-1.0, [0.5, -0.5]),
+    (0.5, [-0.05, -0.55]),
+    (7.0, [-0.1, -0.6]),
+  ):
+    got, _ = tx.update(updates, tx.init(updates), updates, violation=violation)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
 def test_missing_arguments_are_errors():
   params = make_params()
   found = gr.find(params)
