@@ -117,7 +117,8 @@ def _group_lasso_weighted(problems, axis):
   def finish(x, t, survives, safe_x, safe_d, safe_t, root):
     z = safe_x * safe_d * root / (safe_d * root + safe_t)
     # Untouched at t = 0, but not without a derivative in t.
-    z = jnp.where(t > 0, z, x + (z - jax.lax.stop_gradient(z)))
+    stop = jax.lax.stop_gradient
+    z = jnp.where(t > 0, z, stop(x) + (z - stop(z)))
     return jnp.where(survives, z, jnp.where(t > 0, 0, x))
 
   return list(map(finish, kernels, t, survives, *safe, roots))

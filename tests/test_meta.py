@@ -482,6 +482,9 @@ def test_refusals():
       last=lambda p, r: p,
       solver=Solver('lu'),
     )
+  for solver, message in ((Solver('lu'), 'unknown solver'), ('cg', r'an msp\.Solver')):
+    with pytest.raises(UserError, match=message):
+      msp.implicit(params, lambda p, r: p, params, jnp.zeros(()), solver)
   with pytest.raises(TypeError, match='not in its batches'):
     jax.grad(
       lambda b: jax.tree.leaves(adapt(loss, params, b, optax.sgd(0.1))[0])[0].sum()

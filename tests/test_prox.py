@@ -297,6 +297,46 @@ def test_every_penalty_is_differentiable_in_its_coefficient(name):
     assert not np.asarray(run(1e6))[:, :, 2].any()
 
 
+@pytest.mark.parametrize('name', ['group_lasso', 'l1', 'sparse_group_lasso'])
+@pytest.mark.parametrize('axis', AXES.values(), ids=AXES)
+def test_a_coefficient_of_zero_has_the_derivative_from_above(name, axis):
+  """Or a λ ≥ 0 that starts at 0 would stay there."""
+  kind = prox.get_penalty(name)
+  x, metric = map(jnp.asarray, kernel(7))
+  for run in (
+    lambda lam: kind.prox(x, 0.3, lam, axis),
+    lambda lam: kind.prox_weighted(x, metric, 0.3, lam, axis),
+  ):
+    from_above = (run(1e-9) - run(0.0)) / 1e-9
+    np.testing.assert_allclose(jax.jacfwd(run)(0.0), from_above, rtol=1e-4, atol=1e-5)
+    reverse = jax.grad(lambda lam, run=run: run(lam).sum())(0.0)
+    np.testing.assert_allclose(reverse, from_above.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['l1', 'sparse_group_lasso'])
+def test_one_coefficient_for_each_group(name):
+  kind = prox.get_penalty(name)
+  x, metric = map(jnp.asarray, kernel(7))
+  lam = jnp.array([0.0, 0.1, 0.2, 1e6])
+  for run in (
+    lambda x, d, lam: kind.prox(x, 0.3, lam, -2),
+    lambda x, d, lam: kind.prox_weighted(x, d, 0.3, lam, -2),
+  ):
+    together = run(x, metric, lam)
+    for i, one in enumerate(lam):
+      alone = run(x[:, :, i : i + 1], metric[:, :, i : i + 1], one)
+      np.testing.assert_allclose(together[:, :, i : i + 1], alone, atol=1e-12)
+
+
+@pytest.mark.parametrize('name', sorted(prox.PENALTIES))
+def test_a_prox_keeps_the_type_of_the_kernel(name):
+  x = jnp.ones((3, 4), jnp.bfloat16)
+  step = jnp.float32(0.1)  # as a schedule gives it
+  kind = prox.get_penalty(name)
+  assert kind.prox(x, step, 0.1, -2).dtype == x.dtype
+  assert kind.prox_weighted(x, x, step, 0.1, -2).dtype == x.dtype
+
+
 def test_penalties_reduce_to_each_other():
   x, metric = map(jnp.asarray, kernel(8))
   lasso = prox.get_penalty('group_lasso')
@@ -323,6 +363,10 @@ def test_options_of_penalties_are_checked():
     prox.get_penalty('group_mcp', a=3.0)
   with pytest.raises(UserError, match='mix is 2'):
     prox.get_penalty('sparse_group_lasso', mix=2.0)
+  with pytest.raises(UserError, match='gamma is 0; it has to be above 0'):
+    prox.get_penalty('group_mcp', gamma=0)
+  with pytest.raises(UserError, match='a is 1; it has to be above 1'):
+    prox.get_penalty('group_scad', a=1)
 
 
 @pytest.mark.parametrize('name', sorted(prox.PENALTIES))

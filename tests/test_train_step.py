@@ -680,6 +680,18 @@ def test_online_tangent_is_forgotten_and_bounded():
   np.testing.assert_allclose(gradient, 1.5 + 2.0)
 
 
+def test_a_dead_network_has_a_finite_tangent():
+  def step(state, rho):
+    params, count = state
+    new = {'w': jnp.zeros(2) * rho}, count
+    return new, jnp.sum(params['w']), None
+
+  rho, state = jnp.array(0.5), ({'w': jnp.ones(2)}, jnp.zeros((), jnp.int32))
+  tangent = zero_tangent(state, rho)
+  *_, tangent = online(step, state, rho, tangent, decay=1.0, max_norm=math.inf)
+  assert all(np.isfinite(z).all() for z in jax.tree.leaves(tangent))
+
+
 def test_the_twin_is_a_dense_run_beside_the_sparse_one():
   p = problem(('edges', 'smiling'))
   outer = prox_adamw(p.groups)

@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training import train_state
 from ml_collections import ConfigDict
 
 import msp
@@ -50,16 +51,36 @@ def test_find_names_axes_and_stages():
     ({'pattern': 'backbone/.*'}, 'has shape'),
     ({'granularity': 'row'}, 'granularity'),
     ({'pattern': 'kernel'}, 'no parameter as a whole; .* backbone/layer1_0/kernel'),
+    ({'pattern': 'scale'}, 'no parameter as a whole; .* backbone/layer1_0/kernel'),
   ],
 )
 def test_find_refuses(kwargs, message):
   with pytest.raises(UserError, match=message):
-    gr.find(make_params(), **kwargs)
+    gr.find({'scale_of_all': 2.0, **make_params()}, **kwargs)
 
 
-def test_a_path_without_a_stage_is_refused():
+@pytest.mark.parametrize('path', ['w', 'Conv_0/kernel'])
+def test_a_path_without_a_stage_is_refused(path):
+  tree = jnp.ones((2, 3))
+  for name in reversed(path.split('/')):
+    tree = {name: tree}
   with pytest.raises(UserError, match='stage needs paths such as'):
-    gr.find({'w': jnp.ones((2, 3))}, 'w', granularity='stage')
+    gr.find(tree, path, granularity='stage')
+
+
+def test_layers_whose_short_names_are_the_same_have_coefficients_of_their_own():
+  kernel = {'a': {'kernel': jnp.ones((2, 3))}}
+  found = gr.find({**kernel, 'backbone': kernel}, '.*kernel', granularity='layer')
+  assert found.names == ('a/kernel', 'backbone/a/kernel')
+
+
+def test_a_part_of_the_layers_has_the_coefficients_of_its_own():
+  params = make_params()
+  found = gr.find(params, granularity='layer')
+  part = {'backbone': {'stem': params['backbone']['stem']}}
+  np.testing.assert_array_equal(
+    gr.lambda_max(found, part)[1], gr.lambda_max(found, params)[1]
+  )
 
 
 def test_penalty_lambda_max_and_sparsity_by_hand():
@@ -154,6 +175,7 @@ def test_adaptive_proximal_needs_one_second_moment():
   [
     (optax.amsgrad(0.1), 'AmsgradState is not'),
     (optax.rmsprop(0.1, centered=True), 'RStdDevState is not'),
+    (optax.contrib.schedule_free_adamw(0.1), 'ScheduleFreeState is not'),
     (
       optax.masked(optax.adam(0.1), {'backbone': False, 'heads': True}),
       'no second mom',
@@ -216,8 +238,9 @@ def test_groups_of_another_tree_are_refused(make):
   params = make_params()
   with pytest.raises(UserError, match='none of the groups is in these parameters'):
     make(gr.find(params)).init(params['backbone'])
-  with pytest.raises(UserError, match='none of the groups'):
-    gr.sparsity(gr.find(params), params['heads'])
+  for count in (gr.sparsity, gr.penalty, gr.alive, gr.lambda_max):
+    with pytest.raises(UserError, match='none of the groups'):
+      count(gr.find(params), params['heads'])
 
 
 def test_a_box_around_an_array_has_no_name():
@@ -314,9 +337,10 @@ def test_the_metric_is_what_the_step_is_divided_by(name):
   np.testing.assert_allclose(plain['w'] - updates['w'], 1e-3 / divided, rtol=2e-3)
 
 
-def test_optimisers_that_only_look_like_adam_are_refused():
-  with pytest.raises(UserError, match=r'does not fit lamb; .*metric=euclidean'):
-    transforms.metric({'name': 'lamb'}, 'optimizer')
+@pytest.mark.parametrize('name', ['lamb', 'contrib.adopt'])
+def test_optimisers_that_only_look_like_adam_are_refused(name):
+  with pytest.raises(UserError, match=rf'does not fit {name}; .*metric=euclidean'):
+    transforms.metric({'name': name}, 'optimizer')
 
 
 def transform_cases(found):
@@ -416,6 +440,56 @@ def test_composes_with_optax(name):
   assert all(jnp.isfinite(k).all() for k in kernels.values())
 
 
+def make_proximal(found, adaptive, **options):
+  if adaptive:
+    adam = optax.adam(0.1)
+    return msp.adaptive_proximal(adam, 'group_lasso', found, 0.1, **options)
+  sgd = optax.sgd(0.1)
+  return optax.chain(sgd, msp.proximal('group_lasso', found, 0.1, **options))
+
+
+@pytest.mark.parametrize('adaptive', [False, True])
+def test_a_coefficient_of_the_transform_itself(adaptive):
+  """Where a loop gives no further arguments, as Flax's TrainState."""
+  params = make_params()
+  found = gr.find(params)
+  schedule = optax.linear_schedule(0.0, 0.3, 2)
+  plain = make_proximal(found, adaptive)
+  scheduled = make_proximal(found, adaptive, sparsity=schedule)
+  state = train_state.TrainState.create(apply_fn=None, params=params, tx=scheduled)
+  own = plain.init(params)
+  for step in range(3):
+    updates, own = plain.update(GRADS, own, params, sparsity=schedule(step))
+    params = optax.apply_updates(params, updates)
+    state = state.apply_gradients(grads=GRADS)
+    jax.tree.map(np.testing.assert_array_equal, state.params, params)
+  # What `update` is given comes first.
+  start = make_params()
+  for tx in (plain, scheduled):
+    updates, _ = tx.update(GRADS, tx.init(start), start, sparsity=1e6)
+    assert gr.sparsity(found, optax.apply_updates(start, updates)).groups == 1
+
+
+@pytest.mark.parametrize('adaptive', [False, True])
+def test_dead_groups_are_zero_also_by_gradients_of_half_precision(adaptive):
+  params = make_params()
+  found = gr.find(params)
+  tx = make_proximal(found, adaptive)
+  gradients = jax.tree.map(lambda g: g.astype(jnp.bfloat16), GRADS)
+  updates, _ = tx.update(gradients, tx.init(params), params, sparsity=1e6)
+  assert gr.sparsity(found, optax.apply_updates(params, updates)).groups == 1
+
+
+def test_a_prox_inside_another_has_the_coefficient_too():
+  params = make_params()
+  found = {axis: gr.find(params, axis=axis) for axis in ('in', 'out')}
+  adam = optax.adam(0.1)
+  inside = msp.adaptive_proximal(adam, 'group_lasso', found['in'], 0.1)
+  both = msp.adaptive_proximal(inside, 'group_lasso', found['out'], 0.1)
+  updates, _ = both.update(GRADS, both.init(params), params, sparsity=1e6)
+  assert gr.sparsity(found['in'], optax.apply_updates(params, updates)).groups == 1
+
+
 def test_prox_has_to_be_last():
   params = make_params()
   found = gr.find(params)
@@ -454,6 +528,8 @@ def test_missing_arguments_are_errors():
       tx.update(GRADS, state, sparsity=0.1)
     with pytest.raises(ValueError, match='sparsity'):
       tx.update(GRADS, state, params)
+    with pytest.raises(UserError, match='is a dict: expected a scalar or 1 entries'):
+      tx.update(GRADS, state, params, sparsity={'all': 0.1})
     with pytest.raises(UserError, match='expected a scalar or 1 entries'):
       tx.update(GRADS, state, params, sparsity=jnp.ones(3))
   with pytest.raises(UserError, match='unknown penalty'):
