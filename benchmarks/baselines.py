@@ -94,7 +94,7 @@ def tune(config, source, steps, workdir):
   config.train.steps = config.train.evaluate_every = steps
   # From a quarter of the step size that training began with, down to nothing.
   rate = config.optimizer[0].learning_rate
-  rate.init_value, rate.decay_steps = rate.init_value / 4, steps
+  rate.peak_value, rate.decay_steps = rate.peak_value / 4, steps
   return sweep.ensure_trained(config, workdir)
 
 
