@@ -70,7 +70,7 @@ def base() -> ConfigDict:
     ConfigDict(dict(name='clip_by_weight_norm', max_ratio=1.0)),
     ConfigDict(dict(name='sgd', learning_rate=1e-2)),
   ]
-  config.meta.unroll = 'auto'  # 'auto' (on CPU) | 'yes' | 'no'
+  config.meta.unroll = 'auto'  # 'yes' | 'no' | 'auto': few steps on CPU, else no
 
   config.sparsity = ConfigDict()
   config.sparsity.coefficient = 'none'  # 'none' | 'frozen' | 'fixed' | 'learned'

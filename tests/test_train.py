@@ -678,6 +678,24 @@ def test_a_step_is_compiled_once(faces, overrides):
   assert jax.tree.map(described, state) == jax.tree.map(described, after)
 
 
+@pytest.mark.parametrize(
+  ('steps', 'how', 'form'),
+  [
+    (0, 'full', 'mixed'),
+    (3, 'full', 'mixed'),
+    (4, 'full', 'matmul'),
+    (1, 'all', 'mixed'),
+    (2, 'all', 'matmul'),
+  ],
+)
+def test_few_inner_steps_are_a_straight_program_on_cpu(faces, steps, how, form):
+  c = config(faces, **{'meta.inner_steps': steps, 'meta.episodes': how})
+  c.meta.unroll = c.model.convolution_implementation = 'auto'
+  c.sparsity.objective = 'budget'
+  model = build(c, data.labels(c.data.name)).model
+  assert model.backbone.implementation == form
+
+
 def compiled(caplog):
   """The programs whose compilation `jax.log_compiles` has told of."""
   # Also of those that come from the persistent cache then.
