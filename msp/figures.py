@@ -170,6 +170,8 @@ def predictions(image: np.ndarray, tasks: Sequence[TaskPanel]) -> Figure:
 def coefficient(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> Figure:
   """λ and λ/λ_max over time, and below them the hypergradient dL/dρ.
 
+  Beside a hypergradient the steps in which a constraint overrules it are shaded.
+
   Args:
     rows: of the train split.
     layers: names with an entry `lambda/<name>` of their own, in layer order.
@@ -211,6 +213,17 @@ def coefficient(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> Fig
     right.set_ylabel('λ / λ$_{max}$')
     right.spines['right'].set_visible(True)
   if has_gradient:
+    steps, violations = series(rows, 'violation')
+    top.fill_between(
+      steps,
+      0,
+      1,
+      where=violations > 0,
+      transform=top.get_xaxis_transform(),
+      color=FAINT,
+      alpha=0.3,
+      linewidth=0,
+    )
     below = axes[1]
     below.axhline(0, color=FAINT, linewidth=0.8)
     _raw_and_mean(below, gradient_steps, gradients, ORANGE, 'hypergradient')

@@ -377,7 +377,8 @@ def _body(log, figure) -> Iterable[str]:
       'every group at the start. Bottom, if λ follows a hypergradient: '
       'derivative of the hold-out loss by ρ = log(λ/λ<sub>max</sub>), faint for each '
       'step logged, bold the running mean, symmetric log axis. Below zero, more '
-      'sparsity lowers the hold-out loss.',
+      'sparsity lowers the hold-out loss. Shaded: where more groups are dead than may '
+      'be by then, or another constraint is violated, λ falls whatever it says.',
     )
   if _compared_tasks(log):
     yield figure(
