@@ -92,7 +92,7 @@ def tune(config, source, steps, workdir):
   config.update_from_flattened_dict(TUNE)
   config.initial = str(source)
   config.train.steps = config.train.evaluate_every = steps
-  # From a quarter of the step size that training began with, down to nothing.
+  # Up to a quarter of the largest step size of training, and down to nothing.
   rate = config.optimizer[0].learning_rate
   rate.peak_value, rate.decay_steps = rate.peak_value / 4, steps
   return sweep.ensure_trained(config, workdir)

@@ -70,10 +70,11 @@ def build(
     edge_loss=config.loss.edges,
     depth_loss=config.loss.depth,
   )
-  unroll = config.meta.unroll == 'yes'
+  unroll, steps = config.meta.unroll == 'yes', config.meta.inner_steps
   if config.meta.unroll == 'auto' and jax.default_backend() == 'cpu':
-    drawn = episodes.draw(jax.random.key(0), len(tasks), config.meta.episodes)
-    unroll = len(drawn) * config.meta.inner_steps <= UNROLLED
+    how = config.meta.episodes if steps else 'full'
+    drawn = episodes.draw(jax.random.key(0), len(tasks), how)
+    unroll = len(drawn) * steps <= UNROLLED
   network = dict(config.model)
   if network['convolution_implementation'] == 'auto' and jax.default_backend() == 'cpu':
     # XLA's own narrow convolutions are the faster ones on CPU, but 7 to 35 times slower

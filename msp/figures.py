@@ -214,16 +214,10 @@ def coefficient(rows: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> Fig
     right.spines['right'].set_visible(True)
   if has_gradient:
     steps, violations = series(rows, 'violation')
-    top.fill_between(
-      steps,
-      0,
-      1,
-      where=violations > 0,
-      transform=top.get_xaxis_transform(),
-      color=FAINT,
-      alpha=0.3,
-      linewidth=0,
-    )
+    edges = np.diff(np.concatenate([[0], violations > 0, [0]]))
+    ends = np.append(steps, steps[-1:])  # each row stands for the steps up to the next
+    for start, stop in zip(*(np.flatnonzero(edges == e) for e in (1, -1)), strict=True):
+      top.axvspan(steps[start], ends[stop], color=FAINT, alpha=0.3, linewidth=0)
     below = axes[1]
     below.axhline(0, color=FAINT, linewidth=0.8)
     _raw_and_mean(below, gradient_steps, gradients, ORANGE, 'hypergradient')

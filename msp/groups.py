@@ -281,7 +281,8 @@ def coefficients(groups: Groups, sparsity: jax.Array | float) -> dict[str, jax.A
   Raises:
     UserError: `sparsity` has neither shape; it is known, and below 0 or not a number.
   """
-  if isinstance(sparsity, Mapping) or callable(sparsity):
+  is_function = callable(sparsity) and not hasattr(sparsity, 'shape')  # no nnx.Param
+  if isinstance(sparsity, Mapping) or is_function:
     raise UserError(
       f'sparsity coefficient is a {type(sparsity).__name__}: expected a scalar or '
       f'{len(groups.names)} entries ({", ".join(groups.names)})'
@@ -361,7 +362,8 @@ def lambda_max(groups: Groups, gradients: PyTree) -> jax.Array:
     gradients: ∇L, tree of the parameters' structure.
 
   Returns:
-    Shape (len(groups.names),): the maximum over the layers of each entry.
+    Shape (len(groups.names),): the maximum over the layers of each entry; 0 for one
+    whose layers `gradients` does not have.
   """
   require(groups, gradients)
   axis, leaves = groups.array_axis, select(groups, gradients)
@@ -369,7 +371,8 @@ def lambda_max(groups: Groups, gradients: PyTree) -> jax.Array:
   per_layer = jnp.stack(
     [jnp.max(norms(g, axis)) / math.sqrt(size(g, axis)) for g in leaves.values()]
   )
-  return jax.ops.segment_max(per_layer, jnp.array(entries), len(groups.names))
+  largest = jax.ops.segment_max(per_layer, jnp.array(entries), len(groups.names))
+  return jnp.maximum(largest, 0)  # not −∞ for an entry without a layer
 
 
 def alive(groups: Groups, params: PyTree) -> dict[str, jax.Array]:

@@ -131,7 +131,8 @@ def _with_root(x, d, threshold, axis):
     t, [n if i == axis % x.ndim else 1 for i, n in enumerate(x.shape)]
   )
   scaled = gr.expand(gr.norms(d * x, axis), x, axis)
-  survives = scaled > t
+  # A group whose squares underflow has no root that can be found.
+  survives = (scaled > t) & (gr.expand(gr.norms(x, axis), x, axis) > 0)
   # Groups without a root get one that is easy: x = d = 1, t = 0, so ϑ = √n.
   safe = (jnp.where(survives, *pair) for pair in ((x, 1), (d, 1), (t, 0)))
   return t, survives, *safe

@@ -377,8 +377,9 @@ def _body(log, figure) -> Iterable[str]:
       'every group at the start. Bottom, if λ follows a hypergradient: '
       'derivative of the hold-out loss by ρ = log(λ/λ<sub>max</sub>), faint for each '
       'step logged, bold the running mean, symmetric log axis. Below zero, more '
-      'sparsity lowers the hold-out loss. Shaded: where more groups are dead than may '
-      'be by then, or another constraint is violated, λ falls whatever it says.',
+      'sparsity lowers the hold-out loss. Shaded: where a constraint is violated '
+      '(under the objective holdout: more groups are dead than may be by then), it '
+      'leads λ, or the mean of its entries, down.',
     )
   if _compared_tasks(log):
     yield figure(

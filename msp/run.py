@@ -281,6 +281,12 @@ def open_run(
       len(parts.hold_out),
       len(parts.hold_out) + len(parts.train),
     )
+  if processes.is_first() and _loose(config):
+    logger.warning(
+      'sparsity.optimizers.holdout has no retreat, so nothing keeps λ from killing '
+      'more groups than may be dead by sparsity.rise; put it before the bounds, or '
+      'set sparsity.rise=0'
+    )
   own = parts.train if config.sparsity.learn_on == 'query' else parts.hold_out
   hold_out_images = 1 if own is None else len(own)
   experiment = build(config, labels, hold_out_images, workdir)
@@ -290,6 +296,14 @@ def open_run(
     config.sparsity.pattern,
   )
   return Run(config, experiment, parts, mesh)
+
+
+def _loose(config):
+  """Whether the trust region of 'holdout' is asked for, and nothing makes it."""
+  sparsity = config.sparsity
+  names = [entry.name for entry in sparsity.optimizers.holdout]
+  follows = sparsity.coefficient == 'learned' and sparsity.objective == 'holdout'
+  return follows and sparsity.rise > 0 and 'retreat' not in names
 
 
 def _check_batch(config, devices):

@@ -54,7 +54,9 @@ def proximal(
   prox(x) = argmin_z ½‖z − x‖² + α λ R(z), so that `optax.apply_updates` lands
   on the proximal point. It fits optimisers whose step is −α · gradient (SGD). It
   shrinks in every call: `optax.MultiSteps` and `optax.apply_if_finite`, which make a
-  step in some calls only, have to be around the whole chain.
+  step in some calls only, have to be around the whole chain. Updates of less precision
+  than the parameters come out in theirs, or dead groups would not be exactly 0; inside
+  `apply_if_finite`, which wants one type, cast the gradients first.
 
   Args:
     penalty: a name of `msp.prox.PENALTIES`, or `msp.prox.get_penalty` of one with
@@ -237,7 +239,8 @@ def freeze_dead(groups: gr.Groups) -> optax.GradientTransformationExtraArgs:
 
 def _at(value, count):
   """A number as it is, a schedule at its step."""
-  return value(count) if callable(value) else value
+  is_schedule = callable(value) and not hasattr(value, 'shape')  # an nnx.Param is both
+  return value(count) if is_schedule else value
 
 
 def _coefficient(given, default, count):

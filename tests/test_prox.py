@@ -162,6 +162,20 @@ def test_derivatives_are_finite_everywhere(threshold):
       assert jnp.all(jnp.isfinite(g))
 
 
+@pytest.mark.parametrize('threshold', [0.0, 1e-30])
+def test_a_group_whose_squares_underflow_leaves_the_others_alone(
+  threshold, monkeypatch
+):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')  # one loop for all
+  x, metric = (jnp.asarray(a, jnp.float32) for a in kernel())
+  tiny, large = jnp.full((2, 3), 1e-20, jnp.float32), jnp.full((2, 3), 1e3, jnp.float32)
+  run = lambda x, d: prox.group_lasso_weighted(x, d, [0.1, threshold][: len(x)], -2)
+  (alone,) = run([x], [metric])
+  together, other = run([x, tiny], [metric, large])
+  np.testing.assert_array_equal(together, alone)
+  np.testing.assert_allclose(other, 0, atol=2e-20)
+
+
 def test_zero_group_at_zero_coefficient_is_free():
   """At λ = 0 the prox is the identity, so its Jacobian is one, dead or not."""
   x = jnp.zeros((1, 1, 2, 3))

@@ -24,7 +24,7 @@ from PIL import Image
 
 import data
 from configs import common
-from msp import compact, dataset, train, trained, writer
+from msp import compact, dataset, train, trained, transforms, writer
 from msp import groups as gr
 from msp import run as running
 from msp.checkpoint import Checkpoints
@@ -145,6 +145,24 @@ def test_images_that_nothing_uses_are_told_of(
   held = len(run.splits.hold_out or ())
   text = f'keeps {held} of {held + len(run.splits.train)} training images apart'
   assert (text in caplog.text) == unused
+
+
+def test_a_trust_region_that_nothing_makes_is_told_of(faces, caplog):
+  c = config(faces, **{'sparsity.optimizers.holdout': [{'name': 'sgd'}]})
+  c.sparsity.optimizers.holdout[0].learning_rate = 0.1
+  for rise in (0.6, 0.0):
+    caplog.clear()
+    c.sparsity.rise = rise
+    running.open_run(c, jax.devices()[:1], None)
+    assert ('has no retreat' in caplog.text) == (rise > 0)
+
+
+@pytest.mark.parametrize('objective', ['holdout', 'budget'])
+def test_the_published_objective_has_a_trust_region(objective):
+  optimizer = transforms.build(common.base().sparsity.optimizers[objective], '')
+  rho, state = jnp.array(-1.0), optimizer.init(jnp.array(-1.0))
+  updates, _ = optimizer.update(jnp.array(-1.0), state, rho, violation=jnp.array(2.0))
+  assert (updates <= -0.1) == (objective == 'holdout')
 
 
 def test_one_process_tells_of_unused_images(faces, caplog, monkeypatch):
@@ -686,6 +704,7 @@ def test_a_step_is_compiled_once(faces, overrides):
     (4, 'full', 'matmul'),
     (1, 'all', 'mixed'),
     (2, 'all', 'matmul'),
+    (0, 'drawn without inner steps', 'mixed'),
   ],
 )
 def test_few_inner_steps_are_a_straight_program_on_cpu(faces, steps, how, form):

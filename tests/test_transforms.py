@@ -78,9 +78,8 @@ def test_a_part_of_the_layers_has_the_coefficients_of_its_own():
   params = make_params()
   found = gr.find(params, granularity='layer')
   part = {'backbone': {'stem': params['backbone']['stem']}}
-  np.testing.assert_array_equal(
-    gr.lambda_max(found, part)[1], gr.lambda_max(found, params)[1]
-  )
+  own = gr.lambda_max(found, params)[1]
+  np.testing.assert_array_equal(gr.lambda_max(found, part), [0, own])
 
 
 def test_penalty_lambda_max_and_sparsity_by_hand():
@@ -248,6 +247,12 @@ def test_a_box_around_an_array_has_no_name():
   assert gr.find(boxed, '.*kernel', 'in').layers == ('kernel',)
   box = nn.LogicallyPartitioned(jnp.ones((4, 6)), ('in', 'out'))
   assert gr.find({'a': {'kernel': box}}, '.*kernel').layers == ('a/kernel',)
+
+
+def test_a_coefficient_may_be_a_variable():
+  found = gr.find(make_params())
+  wanted = gr.coefficients(found, 0.1)
+  assert gr.coefficients(found, nnx.Param(jnp.array(0.1))) == wanted
 
 
 def test_nnx_optimizer():
