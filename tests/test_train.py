@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
+from ml_collections import ConfigDict
 from PIL import Image
 
 import data
@@ -148,8 +149,8 @@ def test_images_that_nothing_uses_are_told_of(
 
 
 def test_a_trust_region_that_nothing_makes_is_told_of(faces, caplog):
-  c = config(faces, **{'sparsity.optimizers.holdout': [{'name': 'sgd'}]})
-  c.sparsity.optimizers.holdout[0].learning_rate = 0.1
+  c = config(faces)
+  c.sparsity.optimizers.holdout = [ConfigDict({'name': 'sgd', 'learning_rate': 0.1})]
   for rise in (0.6, 0.0):
     caplog.clear()
     c.sparsity.rise = rise
