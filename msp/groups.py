@@ -149,7 +149,9 @@ def find(
   if granularity == 'scalar':
     keys = ['all'] * len(layers)
   elif granularity == 'stage':
-    if any(name.count('/') < 2 for name in layers):
+    # A stream has no name of an array at its end.
+    depth = 1 if axis == 'coupled' else 2
+    if any(name.count('/') < depth for name in layers):
       raise UserError(
         f'sparsity granularity stage needs paths such as backbone/layer1_0/kernel; '
         f'there is {layers[0]}'
