@@ -27,6 +27,7 @@ DATA = {
   'rooms': 'nyu,procedural,tiny',
 }
 HOLDOUT = {'sparsity.objective': 'holdout'}
+ONLINE = HOLDOUT | {'sparsity.hypergradient': 'online'}
 # name -> (whether it has inner steps, overrides)
 ROWS = {
   'dense': (False, {}),
@@ -40,18 +41,17 @@ ROWS = {
     f'tolerance from {start:g}': (False, base.LEARNED | {'sparsity.start': start})
     for start in (1e-3, 1e-2, 1e-1, 0.5)
   },
-  **{f'budget {t:g}': (False, base.budget(t)) for t in (0.5, 0.6, 0.7)},
+  **{f'budget {t:g}': (False, base.budget(t)) for t in (0.3, 0.5, 0.6, 0.7)},
   **{
-    f'online from {start:g}': (
-      False,
-      base.LEARNED
-      | HOLDOUT
-      | {'sparsity.hypergradient': 'online', 'sparsity.start': start},
-    )
+    f'online from {start:g}': (False, base.LEARNED | ONLINE | {'sparsity.start': start})
     for start in (1e-3, 1e-2, 1e-1, 0.5)
   },
   'meta': (True, {}),
   'meta holdout': (True, HOLDOUT),
+  **{
+    f'meta online from {start:g}': (True, ONLINE | {'sparsity.start': start})
+    for start in (1e-3, 1e-2, 1e-1, 0.5)
+  },
   'meta budget 0.7': (True, base.budget(0.7)),
   'meta dense': (True, base.NO_COEFFICIENT),
   **{
