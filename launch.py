@@ -6,6 +6,7 @@ python launch.py --config configs/celeba_meta.py:procedural,tiny --workdir runs/
 import logging
 import re
 import sys
+import traceback
 from pathlib import Path
 
 from absl import app, flags
@@ -13,7 +14,11 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Configuration file, with options after a colon.', lock_config=True
+  'config',
+  None,
+  'Configuration file, with options after a colon; if unset, that of the run in '
+  '--workdir.',
+  lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where the run is kept; runs/<name of the configuration> if unset.'
@@ -51,9 +56,12 @@ def main(argv: list[str]) -> None:
       jax.distributed.initialize()
     except (RuntimeError, ValueError) as e:
       sys.exit(f'error: --distributed found no cluster: {" ".join(str(e).split())}')
+  import jax
+
   import data
   from msp import dataset, processes, report, sweep, train, trained
-  from msp.errors import UserError, one_line
+  from msp import workdir as workdir_module
+  from msp.errors import UserError, one_line, refuse_url, words
 
   # Orbax and TFDS speak through it, and what they call an error they also raise.
   absl_logging.set_verbosity(absl_logging.FATAL)
@@ -67,7 +75,13 @@ def main(argv: list[str]) -> None:
   try:
     if len(argv) > 1:
       raise UserError(f'unknown argument {argv[1]!r}; see --help')
+    refuse_url('--workdir', _WORKDIR.value or '')
     config = _CONFIG.value
+    if config is None:
+      config = workdir_module.configuration(Path(_WORKDIR.value))
+    for field in ('name', 'data', 'tasks') if 'runs' not in config else ('name',):
+      if field not in config:
+        raise UserError(f'the configuration has no {field}; see configs/common.py')
     workdir = Path(_WORKDIR.value or Path('runs') / config.name)
     if ('runs' in config) != (_MODE.value == 'sweep'):
       raise UserError(
@@ -99,6 +113,16 @@ def main(argv: list[str]) -> None:
     sys.exit(f'error: {e}')
   except OSError as e:  # a full disk, a file that has become unreadable
     sys.exit(f'error: {one_line(e)}')
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' in str(e):
+      sys.exit(
+        f'error: out of memory on {jax.devices()[0].device_kind}: {words(e)[:200]}; '
+        f'lower train.batch_size, data.image_size or model.width, or set '
+        f'model.dtype=bfloat16'
+      )
+    if jax.process_count() > 1:
+      sys.exit(f'error: another process stopped, see its message: {words(e)[:200]}')
+    raise
   except KeyboardInterrupt:
     sys.exit('interrupted; the same command goes on from what is saved')
 
@@ -107,16 +131,30 @@ def _parse(argv: list[str]) -> list[str]:
   """Parses flags; a mistyped one, or a mistyped field, ends in one line."""
   try:
     rest = flags.FLAGS(argv)
-    if _CONFIG.value is None:
+    if _CONFIG.value is not None:
+      _CONFIG.value.lock()  # what could not be read says so when it is used
+    elif _WORKDIR.value is None:
       sys.exit('error: no --config; for example --config configs/celeba_meta.py')
-    _CONFIG.value.lock()  # what could not be read says so when it is used
     return rest
   except OSError as e:
     sys.exit(f'error: cannot read the file after --config: {str(e).splitlines()[-1]}')
-  except (LookupError, AttributeError, TypeError, ValueError, flags.Error) as e:
+  except SyntaxError as e:
+    sys.exit(f'error: {e.filename}, line {e.lineno}: {e.msg}')
+  except (
+    LookupError,
+    AttributeError,
+    ImportError,
+    NameError,
+    TypeError,
+    ValueError,
+    flags.Error,
+  ) as e:
     text = str(e).strip()
     if 'Traceback (most recent call last)' in text:  # of the configuration file
       text = text.splitlines()[-1].partition(': ')[2]
+    elif isinstance(e, ImportError | NameError):
+      where = traceback.extract_tb(e.__traceback__)[-1]
+      text = f'{where.filename}, line {where.lineno}: {text}'
     elif isinstance(e, LookupError | AttributeError):
       close = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
       text = (

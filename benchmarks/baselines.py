@@ -179,7 +179,7 @@ def main():
     for seed in range(arguments.seeds):
       results[seed] = one_seed(arguments, seed)
       text = table(results, tasks)
-      write(arguments.out / 'table.md', lambda f, text=text: f.write(text.encode()))
+      write(arguments.out / 'table.md', text.encode())
   except (UserError, data.DataError, FloatingPointError) as e:
     sys.exit(f'error: {e}')
   print(text)

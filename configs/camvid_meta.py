@@ -2,7 +2,8 @@
 
 Full size (one accelerator or more):
   python launch.py --config configs/camvid_meta.py --config.data.source=/path/to/CamVid
-Small (2 CPU cores):
+Small (2 CPU cores, 3 minutes;
+mIoU 0.27, half of the groups dead):
   python launch.py --config configs/camvid_meta.py:tiny \
       --config.data.source=/path/to/CamVid
 Variation: one λ for each stage: ... --config.sparsity.granularity=stage

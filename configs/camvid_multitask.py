@@ -5,7 +5,8 @@ Full size (one accelerator or more):
       --config.data.source=/path/to/CamVid
 With a fixed λ:
   python launch.py --config configs/camvid_multitask.py:fixed
-Small (2 CPU cores):
+Small (2 CPU cores, 2 minutes;
+mIoU 0.30):
   python launch.py --config configs/camvid_multitask.py:tiny \
       --config.data.source=/path/to/CamVid
 Variation: segmentation alone: ... --config.tasks="('segmentation',)"

@@ -148,7 +148,6 @@ def base() -> ConfigDict:
 def celeba() -> ConfigDict:
   """CelebAMask-HQ with the three tasks of Less is More."""
   config = base()
-  config.data.name = 'celebamask_hq'
   config.data.source = 'datasets/CelebAMask-HQ'
   config.tasks = ('segmentation', 'male', 'smiling')
   return config
@@ -265,7 +264,6 @@ def tiny(config: ConfigDict) -> None:
   config.meta.episodes = 'full'
   config.meta.exact = False
   config.meta.inner_steps = min(config.meta.inner_steps, 1)
-  config.sparsity.start = 0.01
   config.sparsity.settle = 0.4
   config.sparsity.objective = 'tolerance'
   schedule = cosine(config, 0.05)
@@ -279,9 +277,8 @@ def tiny(config: ConfigDict) -> None:
   if config.data.procedural_images:
     config.data.procedural_images = 400
   if config.data.name in ('camvid', 'nyud_mt'):
-    config.train.batch_size = 16
     if config.meta.inner_steps:  # as many query images a step as without them
-      config.train.batch_size = 32
+      config.train.batch_size *= 2
     config.loss.edges = 'balanced'
     config.sparsity.tolerance = 0.05
   if config.data.name == 'camvid':
@@ -296,10 +293,8 @@ def tiny(config: ConfigDict) -> None:
   elif config.data.name == 'nyud_mt':
     config.data.image_size = (48, 64)
     _step_of_rho(config, 'tolerance', cosine(config, 0.02))
-    config.tasks = ('segmentation', 'depth', 'normals')
   else:
     config.data.image_size = (48, 48)
-    config.train.batch_size = 32
     # A smile takes thousands of steps at this size, glasses take a hundred.
     config.tasks = ('segmentation', 'male', 'eyeglasses')
     config.sparsity.tolerance = 0.1

@@ -1,13 +1,33 @@
 """Reading and writing single files: complete or not at all, errors named."""
 
+import contextlib
+import fcntl
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import scipy.io
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_ORIENTATION = 0x0112  # of EXIF; from 5 on rows are columns
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+  """Keeps other processes waiting until this one is done with a folder."""
+  with (folder / '.lock').open('w') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      logger.info('waiting for another process that is writing to %s', folder)
+      fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -17,12 +37,16 @@ def write_atomically(path: Path, content: bytes) -> None:
   os.replace(temporary, path)
 
 
-def read_image(path: Path, image_size: tuple[int, int]) -> np.ndarray:
+def read_image(
+  path: Path, image_size: tuple[int, int], *, upright: bool = False
+) -> np.ndarray:
   """Reads a colour picture and resizes it with antialiasing (Lanczos).
 
   Args:
     path: a file that Pillow can read.
     image_size: (H, W); another aspect ratio is stretched to it.
+    upright: whether to turn it as its EXIF says. Not for a picture with label images:
+      those lie as the pixels are stored.
 
   Returns:
     (H, W, 3) uint8.
@@ -38,18 +62,25 @@ def read_image(path: Path, image_size: tuple[int, int]) -> np.ndarray:
         f'unreadable image {path}: mode {image.mode} has more than 8 bits a channel'
       )
     # JPEG only: decode at a half, quarter, ... of the size when at least twice
-    # the wanted resolution remains for the antialiased resize.
-    image.draft('RGB', (2 * columns, 2 * rows))
-    image = _load(image, path).convert('RGB')
+    # the wanted resolution remains for the antialiased resize, whichever way up.
+    image.draft('RGB', (2 * max(image_size), 2 * max(image_size)))
+    image = _load(image, path)
+    if upright:
+      image = ImageOps.exif_transpose(image)
+    image = image.convert('RGB')
     if image.size != (columns, rows):
       image = image.resize((columns, rows), Image.Resampling.LANCZOS)
     return np.asarray(image)
 
 
-def read_size(path: Path) -> tuple[int, int]:
-  """(h, w) of a picture, from its header; DataError if there is none."""
+def read_size(path: Path, *, upright: bool = False) -> tuple[int, int]:
+  """(h, w) of a picture, from its header; DataError if there is none.
+
+  With `upright` of the picture turned as its EXIF says.
+  """
   with _open(path) as image:
-    return image.height, image.width
+    lies = upright and image.getexif().get(_ORIENTATION, 1) >= 5
+    return (image.width, image.height) if lies else (image.height, image.width)
 
 
 def read_label(path: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from data.errors import DataError
 from data.labels import NO_LABEL
-from data.preparation import data_set, prepared_folder, read_summary
+from data.preparation import damaged, data_set, prepared_folder, read_summary
 
 Batch = dict[str, np.ndarray]
 
@@ -36,6 +36,22 @@ class Source:
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     return self._records[int(self.indices[index])]
+
+
+class _Stored(NamedTuple):
+  """The records of a split; one that cannot be read is an error naming the folder."""
+
+  records: Sequence
+  folder: Path
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    try:
+      return self.records[index]
+    except Exception as error:  # ArrayRecord has no errors of its own
+      raise damaged(self.folder, error) from None
 
 
 class Splits(NamedTuple):
@@ -94,12 +110,12 @@ def open(
   summary = read_summary(folder)
   try:
     builder = tfds.builder_from_directory(folder)
-    records = {split: builder.as_data_source(split) for split in summary['names']}
-  except Exception as error:  # whatever TFDS raises on a damaged folder
-    raise DataError(
-      f'prepared data set {folder} is damaged ({error}); remove it and run'
-      ' launch.py with --mode prepare'
-    ) from error
+    records = {
+      split: _Stored(builder.as_data_source(split), folder)
+      for split in summary['names']
+    }
+  except Exception as error:
+    raise damaged(folder, error) from error
   held_out = data_set(name).hold_out_mask(summary['names']['train'], hold_out)
   if hold_out and (held_out.all() or not held_out.any()):
     raise DataError(

@@ -12,7 +12,6 @@ The temporary folder needs the room of the uncompressed data set.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -40,7 +39,7 @@ from data import (
 )
 from data.builder import FileBuilder, SizeConfig, size_config
 from data.errors import DataError
-from data.files import write_atomically
+from data.files import exclusive, write_atomically
 from data.labels import Label
 from data.progress import progress_bar
 
@@ -181,6 +180,7 @@ def prepare(
     if final.exists():
       _verify(name, final, source)
       logger.info('%s: found and verified', final)
+      shutil.rmtree(work, ignore_errors=True)  # of a run killed at its very end
       return final
     for other in final.parent.glob('*'):
       raise DataError(
@@ -195,7 +195,7 @@ def prepare(
           f' the split {split} is empty'
         )
     work.mkdir(parents=True, exist_ok=True)
-    with _exclusive(work):
+    with exclusive(work):
       if final.exists():  # by the process that this one waited for
         _verify(name, final, source)
         return final
@@ -231,9 +231,20 @@ def read_summary(folder: Path) -> dict:
         raise ValueError(f'the names of {split} are no texts')
     return summary
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-    raise DataError(
-      f'prepared data set {folder} is damaged ({error}); ' + _rebuild(folder)
-    ) from None
+    raise damaged(folder, error) from None
+
+
+def damaged(folder: Path, error: Exception) -> DataError:
+  """What to raise where a prepared data set cannot be read.
+
+  Args:
+    folder: of the prepared data set.
+    error: whatever TFDS, ArrayRecord or protobuf raise on a damaged file.
+  """
+  reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+  return DataError(
+    f'prepared data set {folder} is damaged ({reason}); ' + _rebuild(folder)
+  )
 
 
 def _rebuild(folder: Path) -> str:
@@ -303,14 +314,21 @@ class _Preparation:
   def build(self, left_out: set[tuple[str, str]]) -> Path:
     """Writes the blocks as ArrayRecord; returns the folder."""
     shutil.rmtree(self.work / 'tfds', ignore_errors=True)
-    logger.info('writing %d images of %s', self.total, self.name)
     with _quiet_tfds():
       builder = _BUILDERS[self.name](
         data_dir=self.work / 'tfds',
         config=self.config,
         file_format='array_record',
       )
-      builder.decoded = {split: self._records(split, left_out) for split in self.splits}
+      builder.decoded = {
+        split: progress_bar(
+          self._records(split, left_out),
+          len(entries),
+          f'writing {split}',
+          self.progress,
+        )
+        for split, entries in self.splits.items()
+      }
       builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(manual_dir=self.source)
       )
@@ -415,20 +433,11 @@ def _quiet_tfds() -> Iterator[None]:
     absl_logging.set_verbosity(verbosity)
 
 
-@contextlib.contextmanager
-def _exclusive(work: Path) -> Iterator[None]:
-  """Keeps other processes waiting until this one is done with `work`."""
-  with (work / 'lock').open('w') as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      logger.info('waiting for another process that prepares this data set in %s', work)
-      fcntl.flock(lock, fcntl.LOCK_EX)
-    yield
-
-
 def _verify(name: str, folder: Path, source: Path) -> None:
-  """Raises DataError unless `folder` is whole and made from `source`."""
+  """Raises DataError if `folder` is not made from `source`, or visibly damaged.
+
+  Of each split the first and the last record are read; the others when they are used.
+  """
   summary = read_summary(folder)
   try:
     counts = {split: len(names) for split, names in summary['names'].items()}
@@ -442,12 +451,8 @@ def _verify(name: str, folder: Path, source: Path) -> None:
         stored = records[index]['name'].decode()
         if stored != summary['names'][split][index]:
           raise ValueError(f'{split} record {index} is {stored}')
-  # Whatever TFDS, ArrayRecord or protobuf raise on a damaged file.
   except Exception as error:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise DataError(
-      f'prepared data set {folder} is damaged ({reason}); ' + _rebuild(folder)
-    ) from error
+    raise damaged(folder, error) from error
   # The source may have been removed once the data set was built.
   try:
     splits = data_set(name).scan(source)

@@ -840,13 +840,10 @@ def render_faces(
     'image_size': list(image_size),
     'seed': seed,
   }
-  try:
-    image_folder = image_path(target, 0).parent.name
-    if stand_in.is_complete(target, settings, (image_folder, MASK_FOLDER)):
-      return target
-    target.mkdir(parents=True, exist_ok=True)
-    stand_in.mark(target, settings, complete=False)
-    image_path(target, 0).parent.mkdir(exist_ok=True)
+  images = image_path(target, 0).parent
+
+  def fill():
+    images.mkdir(exist_ok=True)
     for index in range(0, num, IDS_PER_FOLDER):
       part_path(target, index, PARTS[0]).parent.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -856,10 +853,8 @@ def render_faces(
       if not image_path(target, index).exists():
         _write_face(target, index, face, image_size, seed)
     write_atomically(target / ATTRIBUTE_FILE, _attribute_table(rows).encode())
-    stand_in.mark(target, settings, complete=True)
-  except OSError as error:
-    raise DataError(f'cannot write procedural faces: {error}') from error
-  return target
+
+  return stand_in.render(target, settings, (images.name, MASK_FOLDER), fill)
 
 
 def _write_face(target, index, face, image_size, seed) -> None:

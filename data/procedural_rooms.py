@@ -1586,11 +1586,8 @@ def render_rooms(
     'seed': seed,
   }
   folders = ('images', 'segmentation', 'depth', 'normals', 'edge', 'gt_sets')
-  try:
-    if stand_in.is_complete(target, settings, folders):
-      return target
-    target.mkdir(parents=True, exist_ok=True)
-    stand_in.mark(target, settings, complete=False)
+
+  def fill():
     for folder in folders:
       (target / folder).mkdir(exist_ok=True)
     for index in progress_bar(range(num), num, 'rendering rooms', progress):
@@ -1600,10 +1597,8 @@ def render_rooms(
       names = [room_id(index) for index in range(num) if split_of(index) == split]
       content = ''.join(f'{name}\n' for name in names)
       write_atomically(target / 'gt_sets' / f'{split}.txt', content.encode())
-    stand_in.mark(target, settings, complete=True)
-  except OSError as error:
-    raise DataError(f'cannot write procedural rooms: {error}') from error
-  return target
+
+  return stand_in.render(target, settings, folders, fill)
 
 
 def _write_room(target: Path, index: int, image_size, seed: int) -> None:

@@ -18,7 +18,7 @@ T = TypeVar('T')
 def progress_bar(
   items: Iterable[T], total: int, what: str, show: bool = True
 ) -> Iterator[T]:
-  """Yields `items` and shows how many of `total` are done.
+  """Yields `items` and shows how many of `total` are done, if they take seconds.
 
   Args:
     items: what to go through.
@@ -38,7 +38,8 @@ def progress_bar(
     for done, item in enumerate(items, 1):
       yield item
       now = time.monotonic()
-      if done == total or now - reported >= LOG_EVERY_SECONDS:
+      ended = done == total and now - started >= LOG_EVERY_SECONDS
+      if ended or now - reported >= LOG_EVERY_SECONDS:
         reported = now
         rate = done / max(now - started, 1e-9)
         logger.info('%s: %d of %d (%.0f/s)', what, done, total, rate)

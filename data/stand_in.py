@@ -1,21 +1,62 @@
 """The marker file of a folder of rendered pictures: its renderer's settings."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from data.errors import DataError
-from data.files import write_atomically
+from data.files import exclusive, write_atomically
 
 MARKER = 'procedural.json'
 
 
 def read(folder: Path) -> dict | None:
-  """Settings of the renderer if the folder's files were rendered, else None."""
+  """Settings of the renderer if the folder's files were rendered, else None.
+
+  Raises:
+    DataError: the marker is damaged.
+  """
   try:
-    return json.loads((folder / MARKER).read_text())
+    return {**json.loads((folder / MARKER).read_text())}
   except FileNotFoundError:
     return None
+  except (ValueError, TypeError):
+    raise DataError(
+      f'{folder / MARKER} is not readable as JSON; remove {folder} and render again'
+    ) from None
+
+
+def render(
+  folder: Path, settings: dict, layout: Iterable[str], fill: Callable[[], None]
+) -> Path:
+  """Renders a set once; a killed rendering goes on where `fill` finds it.
+
+  While another process renders the same set, this one waits.
+
+  Args:
+    folder: where to; created if missing.
+    settings: of the renderer, as JSON would have them.
+    layout: names in the folder that only a data set has.
+    fill: writes all files that are not there.
+
+  Returns:
+    `folder`.
+
+  Raises:
+    DataError: it holds a set of other settings, or files that were not rendered; it
+      cannot be written.
+  """
+  try:
+    if not is_complete(folder, settings, layout):
+      folder.mkdir(parents=True, exist_ok=True)
+      with exclusive(folder):
+        if not is_complete(folder, settings, layout):
+          mark(folder, settings, complete=False)
+          fill()
+          mark(folder, settings, complete=True)
+  except OSError as error:
+    raise DataError(f'cannot write {settings["what"]}: {error}') from error
+  return folder
 
 
 def is_complete(folder: Path, settings: dict, layout: Iterable[str]) -> bool:
@@ -29,12 +70,7 @@ def is_complete(folder: Path, settings: dict, layout: Iterable[str]) -> bool:
   Raises:
     DataError: it holds a set of other settings, or files that were not rendered.
   """
-  try:
-    found = read(folder)
-  except ValueError:
-    raise DataError(
-      f'{folder / MARKER} is not readable as JSON; remove {folder} and render again'
-    ) from None
+  found = read(folder)
   if found is None:
     if any((folder / name).exists() for name in layout):
       raise DataError(

@@ -42,16 +42,15 @@ class Checkpoints:
   while saving leaves the previous checkpoint.
   """
 
-  def __init__(self, workdir: Path, score: str = 'score', *, read_only: bool = False):
-    """Opens `workdir`/checkpoints; best is the highest `score`.
+  def __init__(self, workdir: Path, *, read_only: bool = False):
+    """Opens `workdir`/checkpoints.
 
     Args:
       workdir: the checkpoints' folder is created in it, unless `read_only`.
-      score: name under which it is kept.
       read_only: for the directory of another run, which may be writing to it.
     """
     # Of equal scores the first is the best, as in the loop's early stopping.
-    rank = lambda metrics: (metrics[score], -metrics['step'])
+    rank = lambda metrics: (metrics['score'], -metrics['step'])
     folder = (workdir / 'checkpoints').resolve()
     if not read_only:
       processes.first_does(lambda: _forget_damaged_scores(folder, rank))
@@ -83,7 +82,6 @@ class Checkpoints:
         enable_async_checkpointing=jax.default_backend() != 'cpu',
       ),
     )
-    self._score = score
     self._damaged = set()  # steps that `newest` could not read
 
   def __enter__(self):
@@ -100,7 +98,7 @@ class Checkpoints:
   def best_step(self) -> int | None:
     """Step of the checkpoint with the best score, None if none has one (−∞)."""
     best = self._manager.best_step()
-    if best is None or self._manager.metrics(best)[self._score] == -math.inf:
+    if best is None or self._manager.metrics(best)['score'] == -math.inf:
       return None
     return best
 
@@ -118,7 +116,7 @@ class Checkpoints:
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
         ),
-        metrics={self._score: score, 'step': step},
+        metrics={'score': score, 'step': step},
         force=True,
       )
 

@@ -266,7 +266,7 @@ def difference(a: Compact, b: Compact, images: np.ndarray) -> float:
 
 
 def write(folder: Path, result: Compact) -> None:
-  """Writes a compact network: `shape.json` and the arrays, `arrays.npz`.
+  """Writes a compact network, one file: its arrays, and its shape as JSON.
 
   Args:
     folder: created; an earlier network in it is replaced.
@@ -281,17 +281,16 @@ def write(folder: Path, result: Compact) -> None:
     for kind, tree in (('params', result.params), ('batch_stats', result.batch_stats))
     for path, leaf in gr.by_path(tree).items()
   }
-  content = json.dumps(
-    encode(shape) | {'folded': result.model.backbone.norm == 'folded'}
-  )
+  content = encode(shape) | {'folded': result.model.backbone.norm == 'folded'}
+  arrays['shape'] = np.array(json.dumps(content))
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / 'arrays.npz', lambda f: np.savez(f, **arrays))
-    write_file(folder / 'shape.json', lambda f: f.write(content.encode()))
+    write_file(folder / FILE, lambda f: np.savez(f, **arrays))
   except OSError as e:
     raise UserError(f'cannot write to {folder}: {e.strerror}') from None
 
 
+FILE = 'network.npz'
 NO_SHAPE = (KeyError, TypeError, ValueError, AttributeError)
 
 
@@ -323,9 +322,9 @@ def read_arrays(folder: Path) -> tuple[Shape, dict[str, np.ndarray], bool]:
     UserError: there is none, or it is damaged.
   """
   try:
-    shape = json.loads((folder / 'shape.json').read_text())
-    with (folder / 'arrays.npz').open('rb') as file, np.load(file) as content:
+    with (folder / FILE).open('rb') as file, np.load(file) as content:
       arrays = dict(content)
+    shape = json.loads(str(arrays.pop('shape')))
     for name, array in arrays.items():
       if array.dtype.kind != 'f':
         raise ValueError(f'{name} is {array.dtype}')

@@ -10,18 +10,24 @@ import data
 from msp import figures
 from msp import tasks as task_module
 from msp import workdir as workdir_module
+from msp.errors import UserError, refuse_url
 
 
 def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
-  """Brings the data set into its prepared form, once.
+  """Brings the data set into its prepared form, once; checks its settings first.
 
   Args:
-    config: only `config.data` and, for a stand-in, nothing else counts.
+    config: of its fields only `data` and `tasks` count; a stand-in has seed 0.
     skip_corrupt: leave unreadable files out instead of stopping.
 
   Returns:
     The folder of the prepared data set.
+
+  Raises:
+    UserError, data.DataError: what is wrong with the settings or the data.
   """
+  check(config)
+  _tasks(config)
   source, prepared = folders(config)
   size = tuple(config.data.image_size)
   if config.data.procedural_images:
@@ -29,6 +35,18 @@ def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
   return data.prepare(
     config.data.name, source, prepared, size, skip_corrupt=skip_corrupt
   )
+
+
+def check(config: ConfigDict) -> None:
+  """Raises UserError on an impossible size or place of the data; reads nothing."""
+  size = config.data.image_size
+  if len(size) != 2 or not all(isinstance(n, int) and n >= 16 for n in size):
+    raise UserError(
+      f'data.image_size is {size}; it has to be two whole numbers, rows and columns, '
+      f'of at least 16'
+    )
+  for field in ('source', 'prepared'):
+    refuse_url(f'data.{field}', config.data[field])
 
 
 def contact_sheet(config: ConfigDict) -> Path:
@@ -40,7 +58,7 @@ def contact_sheet(config: ConfigDict) -> Path:
   Returns:
     Path of the picture, beside the prepared data set: each image with its labels.
   """
-  tasks = task_module.make(config.tasks, data.labels(config.data.name))
+  tasks = _tasks(config)
   train_part = splits(config).train
   stream = data.train_iterator(
     train_part,
@@ -62,6 +80,10 @@ def contact_sheet(config: ConfigDict) -> Path:
     drawn = figures.predictions(image, panels)
     workdir_module.write(path, lambda f: drawn.savefig(f, format='png'))
   return path
+
+
+def _tasks(config):
+  return task_module.make(config.tasks, data.labels(config.data.name))
 
 
 def splits(config: ConfigDict) -> data.Splits:

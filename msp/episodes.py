@@ -1,5 +1,7 @@
 """Which tasks an episode holds."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ def subsets(num_tasks: int) -> np.ndarray:
   Returns:
     Bool, shape (2ᵀ − 1, T), on the host: its entries are static under jit.
   """
-  rows = _bits(np.arange(1, 2**num_tasks), num_tasks)
+  rows = np.arange(1, 2**num_tasks)[:, None] >> np.arange(num_tasks) & 1
   order = np.argsort(rows.sum(axis=1), kind='stable')
   return rows[order].astype(bool)
 
@@ -50,9 +52,10 @@ def draw(key: jax.Array, num_tasks: int, how: str) -> np.ndarray | jax.Array:
     raise UserError(
       f'meta.episodes={how!r}: expected all, full or a number of at least 1'
     )
-  codes = jax.random.randint(key, (int(how),), 1, 2**num_tasks)
-  return _bits(codes, num_tasks).astype(jnp.bool_)
-
-
-def _bits(codes, num_tasks):
-  return (codes[:, None] >> np.arange(num_tasks)[None, :]) & 1
+  # The first task of a subset is the i-th with a probability of 2⁻ⁱ/(1 − 2⁻ᵀ); those
+  # after it are in with ½ each.
+  key_first, key_rest = jax.random.split(key)
+  at, count = jnp.arange(num_tasks)[None], int(how)
+  first = jax.random.categorical(key_first, -math.log(2) * at[0], shape=(count, 1))
+  rest = jax.random.bernoulli(key_rest, shape=(count, num_tasks))
+  return (at == first) | ((at > first) & rest)

@@ -8,9 +8,19 @@ from pathlib import Path
 class UserError(ValueError):
   """A mistake of the user's: one line that says what, where and what to do.
 
-  `launch.py` prints the line and exits with 1; every other exception keeps its
-  traceback, because it is a defect of this program.
+  `launch.py` prints the line and exits with 1, as it does for `data.DataError`, a
+  number that is not finite, and what the operating system refuses. Every other
+  exception keeps its traceback, because it is a defect of this program.
   """
+
+
+def refuse_url(name: str, path: str) -> None:
+  """Raises UserError on gs://…, which would be a local folder called 'gs:'."""
+  if '://' in path:
+    raise UserError(
+      f'{name} is {path}; it has to be a folder of this machine: mount the bucket (for '
+      f'Cloud Storage with gcsfuse) and name the folder'
+    )
 
 
 @contextlib.contextmanager

@@ -28,8 +28,8 @@ def make_eval_step(
 
   Returns:
     A function to {task: {'loss': L · n, 'count': n, 'update': what
-    `Task.compute` collects}}, n the number of labelled examples; running
-    statistics, no dropout.
+    `Task.compute` collects}}, n the number of labels that L is the mean over: pixels,
+    or images; running statistics, no dropout.
   """
 
   def eval_step(params, batch_stats, batch):
@@ -39,7 +39,7 @@ def make_eval_step(
     sums = {}
     for name, task in tasks.items():
       mask = label_mask(batch, name)
-      count = jnp.sum(mask, dtype=jnp.float32)
+      count = task.count(outputs[name], batch[name], mask)
       sums[name] = {
         'loss': task.loss(outputs[name], batch[name], mask) * count,
         'count': count,

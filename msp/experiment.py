@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 import data
-from msp import episodes, losses, objectives, transforms
+from msp import dataset, episodes, losses, objectives, transforms
 from msp import groups as gr
 from msp import initial as initial_module
 from msp import tasks as task_module
@@ -80,8 +80,10 @@ def build(
     # XLA's own narrow convolutions are the faster ones on CPU, but 7 to 35 times slower
     # in a loop body, where matrix products are not.
     straight = unroll or config.meta.inner_steps == 0
-    # The solver of the implicit hypergradient is a loop, too.
-    straight &= config.sparsity.hypergradient != 'implicit'
+    # So are the solver of the implicit hypergradient, and tangents of several λ.
+    several = config.sparsity.granularity != 'scalar'
+    loops = ('implicit', 'forward', 'online') if several else ('implicit',)
+    straight &= config.sparsity.hypergradient not in loops
     network['convolution_implementation'] = 'mixed' if straight else 'matmul'
   model = multitask.build(
     {name: (task.head, task.outputs) for name, task in tasks.items()}, **network
@@ -89,7 +91,7 @@ def build(
   if begun(workdir) and (shape := initial_module.kept_shape(workdir)):
     initial = initial_module.Initial(shape=shape)
   else:
-    initial = initial_module.read(config.initial, model)
+    initial = initial_module.read(config.initial, model, config.data.name)
   model = model._replace(backbone=model.backbone.clone(shape=initial.shape))
   shape = (*config.data.image_size, 3)
   combination = Combination(config.loss.combination, _weights(config))
@@ -259,6 +261,7 @@ def _objective(config, model, shape, hold_out_images):
 
 def _check(config):
   """The checks that need more than one field, or that no other module makes."""
+  dataset.check(config)
   choices = {
     'sparsity.coefficient': ('none', 'frozen', 'fixed', 'learned'),
     'sparsity.learn_on': ('hold_out', 'query'),
@@ -284,13 +287,6 @@ def _check(config):
     section, name = field.split('.')
     if config[section][name] < 0:
       raise UserError(f'{field} is {config[section][name]}; it has to be at least 0')
-  size = config.data.image_size
-  whole = all(isinstance(n, int) for n in size)
-  if len(size) != 2 or not whole or min(size) < 16:
-    raise UserError(
-      f'data.image_size is {size}; it has to be two whole numbers, rows and columns, '
-      f'of at least 16'
-    )
   if not 0 <= config.seed < 2**31:
     raise UserError(f'seed is {config.seed}; it has to be in [0, 2^31)')
   if not 0 < config.data.train_share <= 1:
@@ -320,6 +316,16 @@ def _check(config):
     raise UserError(
       f'sparsity.settle is {sparsity.settle}; the share of the steps, the last ones, '
       f'in which dead groups stay dead has to be in [0, 1)'
+    )
+  if not 0 <= sparsity.search < 1:
+    raise UserError(
+      f'sparsity.search is {sparsity.search}; the share of the steps that only search '
+      f'for λ has to be in [0, 1)'
+    )
+  if not 0 <= sparsity.rise <= 1:
+    raise UserError(
+      f'sparsity.rise is {sparsity.rise}; the share of the steps in which a budget is '
+      f'approached, or more and more may be dead, has to be in [0, 1]'
     )
   if sparsity.coefficient != 'learned':
     return
@@ -359,16 +365,6 @@ def _check(config):
     raise UserError(
       f'sparsity.tangent_max_norm is {sparsity.tangent_max_norm}; it has to be above 0'
     )
-  if not 0 <= sparsity.search < 1:
-    raise UserError(
-      f'sparsity.search is {sparsity.search}; the share of the steps that only search '
-      f'for λ has to be in [0, 1)'
-    )
-  if not 0 <= sparsity.rise <= 1:
-    raise UserError(
-      f'sparsity.rise is {sparsity.rise}; the share of the steps in which a budget is '
-      f'approached, or more and more may be dead, has to be in [0, 1]'
-    )
   if sparsity.search > 1 - sparsity.settle:
     raise UserError(
       f'sparsity.search is {sparsity.search} and sparsity.settle {sparsity.settle}: '
@@ -386,8 +382,9 @@ def _check(config):
 
 
 def _weights(config):
-  if not all(isinstance(weight, int | float) for weight in config.loss.weights):
-    raise UserError(f'loss.weights is {config.loss.weights}; it has to be numbers')
+  weights = config.loss.weights
+  if not all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights):
+    raise UserError(f'loss.weights is {weights}; it has to be numbers of at least 0')
   wanted = len(config.tasks) if config.loss.combination == 'fixed' else 0
   if len(config.loss.weights) != wanted:
     raise UserError(

@@ -80,7 +80,8 @@ def words(name: str) -> str:
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, ...]:
   """Steps and values of the rows that have `name`; null becomes NaN, a gap."""
-  pairs = [(row['step'], row[name]) for row in rows if name in row]
+  value = lambda row: row.get(name, {})
+  pairs = [(r['step'], value(r)) for r in rows if not isinstance(value(r), Mapping)]
   steps, values = zip(*pairs, strict=True) if pairs else ((), ())
   return np.array(steps, float), np.array(values, float)  # None is NaN here
 

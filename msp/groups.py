@@ -322,9 +322,11 @@ def norms(x: jax.Array, axis: int | None) -> jax.Array:
   """
   if axis is None:
     return jnp.abs(x)
-  squares = jnp.sum(jnp.square(x), axis=other_axes(x, axis))
+  # In float16 squares of weights as small as 1e-4 would be 0, sums of 1000 of 10 ∞.
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  squares = jnp.sum(jnp.square(wide), axis=other_axes(x, axis))
   alive = squares > 0
-  return jnp.where(alive, jnp.sqrt(jnp.where(alive, squares, 1)), 0)
+  return jnp.where(alive, jnp.sqrt(jnp.where(alive, squares, 1)), 0).astype(x.dtype)
 
 
 def other_axes(x: jax.Array, axis: int | None) -> tuple[int, ...]:

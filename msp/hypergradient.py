@@ -10,7 +10,7 @@ In units of one inner step (gradient and prox), for a ρ of n entries:
 | mode      | time               | memory                   | exact              |
 |-----------|--------------------|--------------------------|--------------------|
 | reverse   | K                  | K times θ and ∇L         | yes                |
-| forward   | n · K              | a tangent, whatever K    | yes                |
+| forward   | n · K              | n tangents, whatever K   | yes                |
 | truncated | k of the K steps   | k times θ and ∇L         | bias falls with k  |
 | implicit  | iterations         | vectors, whatever K      | at a fixed point   |
 | online    | n · the outer step | tangent of whole state   | of the run (γ = 1) |
@@ -27,7 +27,8 @@ import optax
 from msp.errors import UserError
 
 PyTree = Any
-MODES = ('reverse', 'forward', 'truncated', 'implicit', 'online')
+THROUGH_INNER = ('reverse', 'forward', 'truncated', 'implicit')
+MODES = (*THROUGH_INNER, 'online')
 SOLVERS = ('cg', 'neumann')
 Inner = Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]]
 
@@ -85,9 +86,11 @@ def meta_gradients(
   dL_query/dθ⁰ = (∂θᴷ/∂θ⁰)ᵀ g_q if exact, g_q to first order;
   dL_holdout/dρ = (∂θᴷ/∂ρ)ᵀ g_h, by one more pull-back ('reverse': memory grows
   with K) or as ⟨g_h, ∂θᴷ/∂ρ⟩ with the tangent carried forward ('forward': memory
-  independent of K, one pass for each entry of ρ). 'truncated': inner steps are
-  θᴷ = last(inner(θ⁰, ρ), ρ), and derivatives see `last` only (for θ⁰ the steps before
-  it count as the identity). 'implicit': see `implicit`, with `last` one step at θᴷ.
+  independent of K, one pass for each entry of ρ; beside an exact gradient in θ⁰, which
+  keeps all steps and has a pull-back already, it is 'reverse'). 'truncated': inner
+  steps are θᴷ = last(inner(θ⁰, ρ), ρ), and derivatives see `last` only (for θ⁰ the
+  steps before it count as the identity). 'implicit': see `implicit`, with `last` one
+  step at θᴷ.
   Query data never reaches ρ, hold-out data never reaches θ⁰. With 'online' no gradient
   in ρ is taken here: `online` pushes its tangent through the whole outer step.
 
@@ -112,6 +115,8 @@ def meta_gradients(
   _check(mode, (*MODES, None), last, solver)
   if mode == 'truncated':
     inner, mode = _truncated(inner, last), 'reverse'
+  if exact and mode == 'forward':
+    mode = 'reverse'
   forward = hold_out_loss is not None and mode == 'forward'
   reverse = hold_out_loss is not None and mode == 'reverse'
   pull_back = None
@@ -121,11 +126,10 @@ def meta_gradients(
     adapted, pull_back, logs = jax.vjp(lambda p: inner(p, rho), params, has_aux=True)
   elif reverse:
     adapted, pull_back, logs = jax.vjp(lambda r: inner(params, r), rho, has_aux=True)
-  elif not forward:
-    adapted, logs = inner(params, rho)
-  if forward:
-    # Beside an exact θ⁰ gradient the primal is the same and XLA computes it once.
+  elif forward:
     adapted, logs, columns = _tangents(lambda r: inner(params, r), rho)
+  else:
+    adapted, logs = inner(params, rho)
 
   query, g_query = jax.value_and_grad(query_loss, has_aux=True)(adapted)
   g_params = pull_back(g_query)[0] if exact else g_query
@@ -137,8 +141,7 @@ def meta_gradients(
   if mode == 'implicit':
     g_rho = implicit(g_hold_out, lambda p, r: last(p, r)[0], adapted, rho, solver)
   elif forward:
-    g_rho = jnp.stack([optax.tree.vdot(g_hold_out, c) for c in columns])
-    g_rho = g_rho.reshape(rho.shape)
+    g_rho = _products(g_hold_out, columns, rho)
   else:
     g_rho = pull_back(g_hold_out)[-1]
   return MetaGradients(g_params, g_rho, query, hold_out, logs)
@@ -183,7 +186,7 @@ def hypergradient(
     raise UserError(
       "hypergradient 'online' carries a tangent from step to step: use msp.online"
     )
-  _check(mode, MODES[:4], last, solver)
+  _check(mode, THROUGH_INNER, last, solver)
   rho = jnp.asarray(rho)
   if mode == 'truncated':
     start = jax.lax.stop_gradient(inner(params, rho))
@@ -196,8 +199,7 @@ def hypergradient(
     return value, implicit(grads, last, adapted, rho, solver)
   adapted, _, columns = _tangents(lambda r: (inner(params, r), None), rho)
   value, grads = jax.value_and_grad(outer_loss)(adapted)
-  products = jnp.stack([optax.tree.vdot(grads, c) for c in columns])
-  return value, products.reshape(rho.shape)
+  return value, _products(grads, columns, rho)
 
 
 def implicit(
@@ -335,27 +337,30 @@ def online(
     new, loss, aux = step(merge(floats), rho)
     return (floats_of(new), loss), (new, aux)
 
-  columns, products = [], []
-  entering = jax.tree.leaves(tangent)
-  for i, direction in enumerate(jnp.eye(rho.size, dtype=rho.dtype)):
+  def column(item):
+    direction, entering = item
     (_, loss), (leaving, product), (new, aux) = jax.jvp(
       function,
       (floats_of(state), rho),
-      ([z[i] for z in entering], direction.reshape(rho.shape)),
+      (entering, direction.reshape(rho.shape)),
       has_aux=True,
     )
-    size = optax.tree.norm(floats_of(new[0]))
+    weight_norm = optax.tree.norm(floats_of(new[0]))
     # The first of a state's leaves are θ⁰'s.
-    moved = optax.tree.norm(leaving[: len(floats_of(new[0]))])
+    tangent_norm = optax.tree.norm(leaving[: len(floats_of(new[0]))])
     scale = decay
     if max_norm < math.inf:  # inf · 0, where all weights are gone, would be NaN
-      scale *= jnp.minimum(1, max_norm * size / jnp.where(moved > 0, moved, 1))
-    columns.append([(scale * z).astype(z.dtype) for z in leaving])
-    products.append(product)
-  tangent = jax.tree.unflatten(
-    jax.tree.structure(tangent), [jnp.stack(z) for z in zip(*columns, strict=True)]
+      divisor = jnp.where(tangent_norm > 0, tangent_norm, 1)
+      scale *= jnp.minimum(1, max_norm * weight_norm / divisor)
+    leaving = [(scale * z).astype(z.dtype) for z in leaving]
+    return (leaving, product), (new, loss, aux)
+
+  directions = jnp.eye(rho.size, dtype=rho.dtype)
+  (leaving, products), (new, loss, aux) = _columns(
+    column, (directions, jax.tree.leaves(tangent))
   )
-  return new, loss, aux, jnp.stack(products).reshape(rho.shape), tangent
+  tangent = jax.tree.unflatten(jax.tree.structure(tangent), leaving)
+  return new, loss, aux, products.reshape(rho.shape), tangent
 
 
 def _is_float(x):
@@ -393,12 +398,36 @@ def _truncated(inner, last):
 
 
 def _tangents(function, rho):
-  """function(ρ) -> (tree, aux), and the tree's derivative in each entry of ρ."""
-  columns = []
-  # One entry after the other: vmap would turn convolutions into grouped ones.
-  for direction in jnp.eye(rho.size, dtype=rho.dtype):
-    adapted, column, logs = jax.jvp(
+  """function(ρ) -> (tree, aux), and the tree's derivative in each entry of ρ.
+
+  The derivatives are stacked along a new first axis.
+  """
+
+  def column(direction):
+    adapted, tangent, logs = jax.jvp(
       function, (rho,), (direction.reshape(rho.shape),), has_aux=True
     )
-    columns.append(column)
+    return tangent, (adapted, logs)
+
+  columns, (adapted, logs) = _columns(column, jnp.eye(rho.size, dtype=rho.dtype))
   return adapted, logs, columns
+
+
+def _columns(column, items):
+  """column(item) -> (what is stacked over the items, what is the same for all).
+
+  One after the other: `vmap` would turn convolutions into grouped ones, and a program
+  for each would be as many times as large.
+  """
+  count = len(jax.tree.leaves(items)[0])
+  first, shared = column(jax.tree.map(lambda x: x[0], items))
+  if count == 1:
+    return jax.tree.map(lambda x: x[None], first), shared
+  rest = jax.lax.map(lambda item: column(item)[0], jax.tree.map(lambda x: x[1:], items))
+  return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest), shared
+
+
+def _products(gradient, columns, rho):
+  """⟨gradient, column⟩ of every column, shape of ρ."""
+  product = lambda column: optax.tree.vdot(gradient, column)
+  return jax.vmap(product)(columns).reshape(rho.shape)

@@ -50,6 +50,7 @@ class Initial(NamedTuple):
     params: parameters by path; empty means that nothing is given.
     batch_stats: running statistics by path.
     skipped: names in the source that no backbone has.
+    reshaped: path -> the shape in the source, of arrays that had their axes permuted.
   """
 
   source: str = ''
@@ -57,6 +58,7 @@ class Initial(NamedTuple):
   params: Mapping[str, np.ndarray] = {}
   batch_stats: Mapping[str, np.ndarray] = {}
   skipped: tuple[str, ...] = ()
+  reshaped: Mapping[str, tuple[int, ...]] = {}
 
 
 _SHAPE = 'backbone.json'
@@ -70,15 +72,17 @@ class Fitting(NamedTuple):
     batch_stats: running statistics by path.
     fresh: paths of leaves that stay as initialised.
     unused: names of arrays without a place.
+    reshaped: path -> the shape in the source, where it was another one.
   """
 
   params: Mapping[str, np.ndarray] = {}
   batch_stats: Mapping[str, np.ndarray] = {}
   fresh: tuple[str, ...] = ()
   unused: tuple[str, ...] = ()
+  reshaped: Mapping[str, tuple[int, ...]] = {}
 
 
-def read(source: str, model: multitask.MultiTask) -> Initial:
+def read(source: str, model: multitask.MultiTask, data_set: str) -> Initial:
   """Reads initial weights, whatever wrote them.
 
   Args:
@@ -89,6 +93,7 @@ def read(source: str, model: multitask.MultiTask) -> Initial:
       timm's average pool before the shortcuts is left out: its weights are a start,
       not the same function.
     model: the network of the configuration, for its stages and kind of block.
+    data_set: its name; a run on another one gives its backbone only.
 
   Returns:
     The arrays by our paths.
@@ -99,7 +104,7 @@ def read(source: str, model: multitask.MultiTask) -> Initial:
   if not source:
     return Initial()
   path = Path(source)
-  if (path / 'shape.json').exists():
+  if (path / compact.FILE).exists():
     shape, arrays, folded = compact.read_arrays(path)
     if folded:
       raise UserError(
@@ -112,7 +117,7 @@ def read(source: str, model: multitask.MultiTask) -> Initial:
     }
     return Initial(source, shape, split('params'), split('batch_stats'))
   if (path / 'checkpoints').is_dir():
-    return _read_run(source, model)
+    return _read_run(source, model, data_set)
   if path.suffix in ('.npz', '.safetensors'):
     return _from_torch(source, _read_file(path), model)
   raise UserError(
@@ -131,57 +136,70 @@ def tasks(source: str, data_set: str) -> list[str]:
     UserError: there is none, or it is of another kind.
   """
   path = Path(source)
-  if source and (path / 'shape.json').exists():
+  if source and (path / compact.FILE).exists():
     arrays = compact.read_arrays(path)[1]
     heads = [name.split('/')[2] for name in arrays if name.startswith('params/heads/')]
     return list(dict.fromkeys(heads))
+  own, names = _learned(source)
+  return names if own == data_set else []
+
+
+def _learned(source):
+  """The data set and the tasks of a run."""
   try:
-    config = json.loads((path / 'config.json').read_text())
-    return list(config['tasks']) if config['data']['name'] == data_set else []
+    config = json.loads((Path(source) / 'config.json').read_text())
+    return config['data']['name'], list(config['tasks'])
   except (OSError, ValueError, KeyError, TypeError):
     raise UserError(
-      f'initial={source or "(empty)"}: adapting needs the work directory of a run, or '
-      f'what --mode compact wrote'
+      f'initial={source or "(empty)"}: needs to be the work directory of a run, with '
+      f'its config.json, or what --mode compact wrote'
     ) from None
 
 
-def _read_run(source, model):
+def _read_run(source, model, data_set):
   with Checkpoints(Path(source), read_only=True) as checkpoints:
     latest = checkpoints.newest(checkpoints.restore_any)
   if latest is None:
     raise UserError(f'initial={source}: no complete checkpoint in it')
   state = latest[1]
   params = jax.device_get(gr.by_path(state['params']))
+  stats = jax.device_get(gr.by_path(state['batch_stats']))
+  skipped = ()
+  if _learned(source)[0] != data_set:  # a head of the same name has learned else
+    skipped = tuple(name for name in params if not name.startswith('backbone/'))
+    params = {name: x for name, x in params.items() if name not in skipped}
+    stats = {name: x for name, x in stats.items() if name.startswith('backbone/')}
   began = kept_shape(Path(source)) or WHOLE
   shape = Shape(_widths(params, model), began.gathers)
-  stats = jax.device_get(gr.by_path(state['batch_stats']))
-  return Initial(source, shape, params, stats)
+  return Initial(source, shape, params, stats, skipped)
 
 
 def keep_shape(workdir: Path, shape: Shape) -> None:
   """Writes a run's shape to its directory, which then needs its source no more."""
   content = json.dumps(compact.encode(shape)).encode()
-  write_file(workdir / _SHAPE, lambda f: f.write(content))
+  write_file(workdir / _SHAPE, content)
 
 
 def write_report(workdir: Path, used: Fitting) -> Path:
-  """Writes initial.json: what is taken over, what is fresh, what has no use.
+  """Writes initial.json: what is taken over or reshaped, is fresh, has no use.
 
   Args:
     workdir: of the run.
     used: from `fitting`.
 
   Returns:
-    Path of the file: names of leaves, and the shapes of those taken over.
+    Path of the file: names of leaves, the shapes of those taken over, and of those
+    reshaped the shape in the source.
   """
   taken = {**used.params, **used.batch_stats}
   content = {
     'taken over': {path: list(x.shape) for path, x in sorted(taken.items())},
+    'reshaped, from': {path: list(x) for path, x in sorted(used.reshaped.items())},
     'fresh': list(used.fresh),
     'of no use': list(used.unused),
   }
   path = workdir / 'initial.json'
-  write_file(path, lambda f: f.write(json.dumps(content, indent=2).encode()))
+  write_file(path, json.dumps(content, indent=2).encode())
   return path
 
 
@@ -226,7 +244,7 @@ def _from_torch(source, arrays, model):
     )
   prefix = first.removesuffix('layer1.0.conv1.weight')
   stem = _TIMM_STEM if f'{prefix}conv1.0.weight' in arrays else _STEM
-  found, skipped = {'params': {}, 'batch_stats': {}}, []
+  found, skipped, reshaped = {'params': {}, 'batch_stats': {}}, [], {}
   for name, array in arrays.items():
     module, _, leaf = name.removeprefix(prefix).rpartition('.')
     ours = _module(module, array, stem) if name.startswith(prefix) else None
@@ -242,10 +260,11 @@ def _from_torch(source, arrays, model):
       )
     kind, ours_leaf = _LEAVES[leaf]
     if array.ndim == 4:
+      reshaped[f'backbone/{ours}/kernel'] = array.shape
       ours_leaf, array = 'kernel', array.transpose(2, 3, 1, 0)
     found[kind][f'backbone/{ours}/{ours_leaf}'] = array.astype(np.float32)
   shape = Shape(_widths(found['params'], model))
-  return Initial(source, shape, **found, skipped=tuple(skipped))
+  return Initial(source, shape, **found, skipped=tuple(skipped), reshaped=reshaped)
 
 
 def _module(module, array, stem):
@@ -320,4 +339,5 @@ def fitting(initial: Initial, params: PyTree, batch_stats: PyTree) -> Fitting:
     pick(initial.batch_stats, batch_stats),
     tuple(sorted(path for path in want if not fits(path))),
     tuple(sorted([*initial.skipped, *(path for path in have if not fits(path))])),
+    initial.reshaped,
   )

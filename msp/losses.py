@@ -2,7 +2,7 @@
 
 Every loss is the mean over valid pixels or examples, 0 when there is none (never
 over all of them, so that ignored pixels do not water it down), twice
-differentiable, and keeps the dtype of its logits.
+differentiable almost everywhere, and keeps the dtype of its logits.
 """
 
 import functools
@@ -27,6 +27,38 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
   return total / jnp.maximum(jnp.sum(mask), 1).astype(values.dtype)
 
 
+def count(labelled: jax.Array, valid: jax.Array) -> jax.Array:
+  """How many labels a loss is the mean over, shape (), float32.
+
+  Args:
+    labelled: where there is a label, shape (B, …), bool.
+    valid: which examples count, shape (B,), bool.
+  """
+  valid = valid.reshape(-1, *(1 for _ in labelled.shape[1:]))
+  return jnp.sum(labelled & valid, dtype=jnp.float32)
+
+
+def has_class(label: jax.Array) -> jax.Array:
+  """Where a class or an attribute is known; shape of the label."""
+  return label != IGNORE
+
+
+def has_edge(label: jax.Array) -> jax.Array:
+  """Where it is known whether there is an edge; shape of the label."""
+  return label >= 0
+
+
+def has_depth(label: jax.Array) -> jax.Array:
+  """Where there is a measurement; shape of the label."""
+  return label > 0
+
+
+def has_normal(label: jax.Array) -> jax.Array:
+  """Where there is a normal, shape of the label but for its last axis."""
+  # Not "some component above 0": (0, 0, −1) is a normal.
+  return jnp.any(label != 0, axis=-1)
+
+
 def cross_entropy(
   logits: jax.Array, label: jax.Array, valid: jax.Array, *, smoothing: float = 0.1
 ) -> jax.Array:
@@ -43,7 +75,7 @@ def cross_entropy(
   """
   target = jax.nn.one_hot(label, logits.shape[-1], dtype=logits.dtype)
   loss = optax.softmax_cross_entropy(logits, optax.smooth_labels(target, smoothing))
-  return masked_mean(loss, (label != IGNORE) & valid[:, None, None])
+  return masked_mean(loss, has_class(label) & valid[:, None, None])
 
 
 def binary_cross_entropy(
@@ -84,7 +116,7 @@ def huber_edges(
   """
   p = jax.nn.sigmoid(logits[..., 0])
   loss = optax.huber_loss(p, label.astype(p.dtype), delta=delta)
-  return masked_mean(loss, (label >= 0) & valid[:, None, None])
+  return masked_mean(loss, has_edge(label) & valid[:, None, None])
 
 
 def balanced_edges(logits: jax.Array, label: jax.Array, valid: jax.Array) -> jax.Array:
@@ -116,8 +148,8 @@ def squared_depth(logits: jax.Array, label: jax.Array, valid: jax.Array) -> jax.
   Returns:
     Mean over valid pixels, ().
   """
-  error, mask = _depth_error(logits, label, valid)
-  return masked_mean(error**2, mask)
+  p, d, mask = _depths(logits, label, valid)
+  return masked_mean((p - d) ** 2, mask)
 
 
 def combined_depth(logits: jax.Array, label: jax.Array, valid: jax.Array) -> jax.Array:
@@ -132,8 +164,7 @@ def combined_depth(logits: jax.Array, label: jax.Array, valid: jax.Array) -> jax
   Returns:
     (); slopes and normals where all nine pixels under the operator are valid.
   """
-  error, mask = _depth_error(logits, label, valid)
-  p, d = error + label / MAX_DEPTH, (label / MAX_DEPTH).astype(error.dtype)
+  p, d, mask = _depths(logits, label, valid)
   log = lambda e: jnp.log1p(2 * jnp.abs(e))
   rows, columns = (max(n - 2, 0) for n in label.shape[1:])
   windows = [mask[:, i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
@@ -141,13 +172,14 @@ def combined_depth(logits: jax.Array, label: jax.Array, valid: jax.Array) -> jax
   (px, py), (dx, dy) = _sobel(p), _sobel(d)
   cosine = (px * dx + py * dy + 1) / jnp.sqrt((px**2 + py**2 + 1) * (dx**2 + dy**2 + 1))
   slopes = log(px - dx) + log(py - dy)
-  return masked_mean(log(error), mask) + masked_mean(slopes + 1 - cosine, whole)
+  return masked_mean(log(p - d), mask) + masked_mean(slopes + 1 - cosine, whole)
 
 
-def _depth_error(logits, label, valid):
+def _depths(logits, label, valid):
+  """σ(z), d/10 m, both in the dtype of z, and where there is a measurement."""
   p = jax.nn.sigmoid(logits[..., 0])
-  mask = (label > 0) & valid[:, None, None]
-  return p - (label / MAX_DEPTH).astype(p.dtype), mask
+  mask = has_depth(label) & valid[:, None, None]
+  return p, (label / MAX_DEPTH).astype(p.dtype), mask
 
 
 def _sobel(x):
@@ -183,9 +215,7 @@ def cosine_normals(logits: jax.Array, label: jax.Array, valid: jax.Array) -> jax
   """
   label = label.astype(logits.dtype)
   cosine = jnp.sum(unit_normals(logits) * label, axis=-1)
-  # Not "some component above 0": (0, 0, −1) is a normal.
-  mask = jnp.any(label != 0, axis=-1) & valid[:, None, None]
-  return masked_mean(1 - cosine, mask)
+  return masked_mean(1 - cosine, has_normal(label) & valid[:, None, None])
 
 
 def combine(

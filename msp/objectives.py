@@ -1,7 +1,7 @@
 """What λ is for: the signal that moves ρ, one of three.
 
 `holdout`: ρ follows the hypergradient of the hold-out loss, as published; within a
-trust region (`early`): what may be dead grows with the steps.
+trust region (`trust_region_violation`): what may be dead grows with the steps.
 
 `tolerance`: the sparsest network whose hold-out loss, of every task, stays close to
 that of a dense one, its twin, which is trained beside it on the same batches. Both
@@ -257,10 +257,8 @@ def removed(objective: Objective, groups: gr.Groups, params: PyTree) -> jax.Arra
   coupled groups those between input and output channels that are both alive.
   """
   counted = gr.sparsity(groups, params)
-  if objective.measure == 'groups':
-    return counted.groups
-  if objective.measure == 'weights':
-    return counted.weights
+  if objective.measure != 'flops':
+    return getattr(counted, objective.measure)
   if groups.axis == 'coupled':
     return _removed_flops_coupled(objective, groups, params)
   kernels = gr.select(groups, params)
@@ -348,7 +346,7 @@ def tolerance_violation(objective: Objective, twin: Twin) -> jax.Array:
   return jnp.max((twin.gap - limit) / jnp.maximum(limit, 1e-6))
 
 
-def early(
+def trust_region_violation(
   objective: Objective,
   groups: gr.Groups,
   params: PyTree,

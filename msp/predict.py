@@ -92,7 +92,7 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
       for i, (path, _) in enumerate(good):
         for name, kind in kinds.items():
           if kind != 'attribute':
-            size_of = read_size(path)
+            size_of = read_size(path, upright=True)
             content = _png(kind, predictions[name][i], classes[name], size_of)
             write_atomically(target / f'{path.name}.{name}.png', content)
         rows.append([path.name, *(f'{predictions[a][i]:.4f}' for a in attributes)])
@@ -114,7 +114,7 @@ def _batches(files, size) -> Iterator[list[tuple[Path, np.ndarray | None]]]:
     batch = []
     for path in paths:
       try:
-        batch.append((path, read_image(path, size)))
+        batch.append((path, read_image(path, size, upright=True)))
       except DataError as e:
         logger.warning('skipped: %s', e)
         batch.append((path, None))

@@ -1,13 +1,15 @@
 """Several processes, one run: all of them compute, the first one writes."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from msp.errors import UserError
+
+T = TypeVar('T')
 
 
 def is_first() -> bool:
@@ -22,18 +24,25 @@ def agreed(value: int) -> int:
   return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
-def first_does(work: Callable[[], Any]) -> None:
-  """Runs `work` in the first process while the others wait.
+def each_does(work: Callable[[], T]) -> T:
+  """Runs `work` in every process; if it fails in one, all stop.
+
+  Otherwise the others would wait for that one, and end with a time-out.
 
   Raises:
-    Exception: in the first process, what `work` raised.
-    UserError: in the others, if it raised.
+    Exception: what `work` raised in this process.
+    UserError: it raised in another one.
   """
-  error = None
-  if is_first():
-    try:
-      work()
-    except Exception as e:
-      error = e
+  result = error = None
+  try:
+    result = work()
+  except Exception as e:
+    error = e
   if agreed(error is not None):
-    raise error or UserError('the first process stopped; see its message')
+    raise error or UserError('another process stopped; see its message')
+  return result
+
+
+def first_does(work: Callable[[], Any]) -> None:
+  """Runs `work` in the first process while the others wait; raises as `each_does`."""
+  each_does(work if is_first() else lambda: None)

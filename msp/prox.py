@@ -38,7 +38,7 @@ def group_lasso(
   """
   norm = gr.expand(gr.norms(x, axis), x, axis)
   t = gr.expand(jnp.asarray(threshold, x.dtype), x, axis)
-  survives = norm > t
+  survives = ~(norm <= t)  # a t that is NaN has to be seen
   scale = jnp.where(survives, 1 - t / jnp.where(survives, norm, 1), 0)
   # At t = 0 a zero group is not dead but untouched: derivative 1, not 0.
   return jnp.where((t > 0) | survives, x * scale, x)
@@ -118,7 +118,7 @@ def _group_lasso_weighted(problems, axis):
     z = safe_x * safe_d * root / (safe_d * root + safe_t)
     # Untouched at t = 0, but not without a derivative in t.
     stop = jax.lax.stop_gradient
-    z = jnp.where(t > 0, z, stop(x) + (z - stop(z)))
+    z = jnp.where(~(t <= 0), z, stop(x) + (z - stop(z)))
     return jnp.where(survives, z, jnp.where(t > 0, 0, x))
 
   return list(map(finish, kernels, t, survives, *safe, roots))
@@ -132,7 +132,7 @@ def _with_root(x, d, threshold, axis):
   )
   scaled = gr.expand(gr.norms(d * x, axis), x, axis)
   # A group whose squares underflow has no root that can be found.
-  survives = (scaled > t) & (gr.expand(gr.norms(x, axis), x, axis) > 0)
+  survives = ~(scaled <= t) & (gr.expand(gr.norms(x, axis), x, axis) > 0)
   # Groups without a root get one that is easy: x = d = 1, t = 0, so ϑ = √n.
   safe = (jnp.where(survives, *pair) for pair in ((x, 1), (d, 1), (t, 0)))
   return t, survives, *safe
@@ -268,7 +268,8 @@ def group_mcp(
   t = gr.expand(jnp.asarray(threshold, x.dtype), x, axis)
   step = jnp.asarray(step, x.dtype)
   scale = _shrink(r, r - t) / (1 - step / gamma)
-  return jnp.where((t > 0) & (step * r <= gamma * t), x * scale, x)
+  shrunk = (t > 0) & (step * r <= gamma * t)
+  return jnp.where(shrunk | jnp.isnan(t), x * scale, x)
 
 
 def group_scad(
@@ -301,12 +302,13 @@ def group_scad(
   step = jnp.asarray(step, x.dtype)
   middle = ((a - 1) * r - a * t) / (a - 1 - step)
   norm = jnp.where(step * r <= t * (1 + step), r - t, middle)
-  return jnp.where((t > 0) & (step * r <= a * t), x * _shrink(r, norm), x)
+  shrunk = (t > 0) & (step * r <= a * t)
+  return jnp.where(shrunk | jnp.isnan(t), x * _shrink(r, norm), x)
 
 
 def _shrink(r, norm):
-  """max(norm, 0)/r with finite derivatives where a group dies."""
-  survives = norm > 0
+  """max(norm, 0)/r with finite derivatives where a group dies; NaN of a NaN."""
+  survives = ~(norm <= 0)
   return jnp.where(survives, norm / jnp.where(survives, r, 1), 0)
 
 

@@ -121,7 +121,7 @@ def write_page(
   def figure(name, drawn, caption):
     content = io.BytesIO()
     drawn.savefig(content, format='png')
-    write_file(folder / f'{name}.png', lambda f: f.write(content.getvalue()))
+    write_file(folder / f'{name}.png', content.getvalue())
     encoded = base64.b64encode(content.getvalue()).decode()
     return (
       f'<figure><div class="picture"><img alt="{escape(name)}" '
@@ -134,7 +134,7 @@ def write_page(
   page = string.Template(Path(__file__).with_suffix('.html').read_text()).substitute(
     title=escape(title), about=about, notes=notes, lead=lead, body=parts
   )
-  write_file(page_path, lambda f: f.write(page.encode()))
+  write_file(page_path, page.encode())
   return page_path
 
 
@@ -143,7 +143,8 @@ def read(workdir: Path) -> Log:
   path = workdir / writer.METRICS
   if not path.is_file():
     raise UserError(f'no {path}: is this the work directory of a run?')
-  rows = writer.read(path)
+  is_known = lambda split: split in ('train', 'val') or split.startswith('test')
+  rows = [row for row in writer.read(path) if is_known(row['split'])]
   if not rows:
     raise UserError(f'{path} has no row yet: nothing to report')
   missing = []
@@ -295,7 +296,11 @@ def _coefficient_in_words(log):
   _, values = figures.series(log.train, 'lambda')
   values = values[np.isfinite(values)]
   if not values.size:
-    return 'no sparsity coefficient (dense)'
+    coefficient = log.config.get('sparsity', {}).get('coefficient', 'none')
+    return {
+      'none': 'no sparsity coefficient (dense)',
+      'frozen': 'no sparsity coefficient, dead groups kept dead',
+    }.get(coefficient, 'λ not logged yet')
   _, relative = figures.series(log.train, 'lambda_relative')
   relative = relative[np.isfinite(relative)]
   if not _learned(log):

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import data
+from data.progress import progress_bar
 from msp import dataset, processes
 from msp import groups as gr
 from msp.checkpoint import Checkpoints
@@ -110,16 +111,14 @@ class Run(NamedTuple):
     training = functools.partial(
       self._stream,
       batch_size=c.train.batch_size,
-      seed=c.seed,
+      seed=c.seed,  # an image lacks the same label in every stream
       missing=c.data.missing,
     )
     streams = {'train': training(self.splits.train)}
     if uses_hold_out(c):
       # As many hold-out images as query images.
       share = c.train.batch_size // (2 if c.meta.inner_steps else 1)
-      streams['hold_out'] = self._stream(
-        self.splits.hold_out, batch_size=share, seed=c.seed + 1
-      )
+      streams['hold_out'] = training(self.splits.hold_out, batch_size=share)
     if self.experiment.settled_step is not None:
       whole = self.splits.with_hold_out(c.data.train_share, c.seed)
       streams['all'] = training(whole)
@@ -130,7 +129,7 @@ class Run(NamedTuple):
     batch = self.feed().next()['query']
     init = self.once(self.experiment.init, out_shardings=self.replicated)
     key = jax.random.key(self.config.seed)
-    params, batch_stats, fresh, unused = self.experiment.initial
+    params, batch_stats, fresh, unused, _ = self.experiment.initial
     if not abstract:
       if params:
         few = lambda names: ', '.join(names[:3]) + (', …' if len(names) > 3 else '')
@@ -215,12 +214,15 @@ class Run(NamedTuple):
         process_count=jax.process_count(),
         limit=c.data.eval_examples or None,
       )
+      images = min(c.data.eval_examples or len(source), len(source))
+      count_batches = -(-images // c.train.batch_size)
+      shown = progress_bar(batches, count_batches, 'evaluating', processes.is_first())
       values = evaluate(
         eval_step,
         tasks,
         state.params,
         state.batch_stats,
-        (put(batch, self.sharded) for batch in batches),
+        (put(batch, self.sharded) for batch in shown),
       )
       counted = jax.device_get(count(state.params))
       alive = zip(groups.layers, counted.alive, strict=True)
@@ -263,8 +265,10 @@ def open_run(
   build(config, labels, workdir=workdir)  # tells what is wrong with the configuration
   _check_batch(config, len(devices))
   processes.first_does(lambda: dataset.prepare(config, skip_corrupt=skip_corrupt))
-  if not processes.is_first():  # finds it done, or has a disk of its own
-    dataset.prepare(config, skip_corrupt=skip_corrupt)
+  # The others find it done, or have a disk of their own.
+  processes.each_does(
+    lambda: processes.is_first() or dataset.prepare(config, skip_corrupt=skip_corrupt)
+  )
   parts = dataset.splits(config)
   # A train_share may be smaller than a batch, which then has some images twice.
   if config.train.batch_size > parts.train.stored:
@@ -281,6 +285,8 @@ def open_run(
       len(parts.hold_out),
       len(parts.hold_out) + len(parts.train),
     )
+  if config.data.procedural_images:
+    logger.info('%s is a procedural stand-in, not real data', config.data.name)
   if processes.is_first() and _loose(config):
     logger.warning(
       'sparsity.optimizers.holdout has no retreat, so nothing keeps λ from killing '
@@ -312,9 +318,8 @@ def _check_batch(config, devices):
     parts.insert(0, 'support')
   if uses_hold_out(config):
     parts.append('hold-out')
-  share = size // 2 if config.meta.inner_steps else size
-  if share < 1 or size % (2 if config.meta.inner_steps else 1) or share % devices:
-    least = devices * (2 if config.meta.inner_steps else 1)
+  least = devices * (2 if config.meta.inner_steps else 1)
+  if size < 1 or size % least:
     raise UserError(
       f'train.batch_size={size} is too small or does not divide for '
       f'{" + ".join(parts)} on {devices} device(s): use a multiple of {least}'

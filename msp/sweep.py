@@ -73,6 +73,11 @@ def run(sweep: ConfigDict, workdir: Path, *, skip_corrupt: bool = False) -> Path
   """
   check(sweep)
   workdir_module.claim_for_sweep(workdir, sweep.name)
+  with workdir_module.exclusive(workdir):
+    return _run_all(sweep, workdir, skip_corrupt)
+
+
+def _run_all(sweep, workdir, skip_corrupt):
   # Runs that differ in numbers only share their compiled programs.
   jax.config.update('jax_compilation_cache_dir', str(workdir / 'compiled'))
   results: dict[str, dict[int, Result]] = {}
@@ -231,7 +236,7 @@ def _failure(error, place):
     return one_line(error)
   place.mkdir(parents=True, exist_ok=True)
   text = ''.join(traceback.format_exception(error))
-  workdir_module.write(place / 'error.txt', lambda f: f.write(text.encode()))
+  workdir_module.write(place / 'error.txt', text.encode())
   line = words(error)[:200]
   return f'{type(error).__name__}: {line} (see {place / "error.txt"})'
 
@@ -417,7 +422,7 @@ def write(
     text[-1] += f' Δm against the same seed of: {against}.'
   text += [f'\nFailed: {n}, seed {s}: {why}' for (n, s), why in failures.items()]
   content = '\n'.join(text) + '\n'
-  workdir_module.write(workdir / 'table.md', lambda f: f.write(content.encode()))
+  workdir_module.write(workdir / 'table.md', content.encode())
   sheet = io.StringIO()
   rows = csv.writer(sheet)
   titles = [f'{c.title} {what}' for c in columns for what in ('mean', 'std', 'n')]
@@ -433,9 +438,7 @@ def write(
       )
     ]
     rows.writerow([name, *statistics])
-  workdir_module.write(
-    workdir / 'table.csv', lambda f: f.write(sheet.getvalue().encode())
-  )
+  workdir_module.write(workdir / 'table.csv', sheet.getvalue().encode())
   return _write_page(sweep, results, failures, workdir, columns, cells, lines)
 
 

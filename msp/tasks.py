@@ -29,6 +29,10 @@ class Task(NamedTuple):
   """'dense' (B, h, w, outputs) or 'classification' (B, outputs)."""
   loss: Loss
   """(logits, label, valid (B,)) -> (): mean over what is valid, 0 if nothing."""
+  count: Loss
+  """(logits, label, valid (B,)) -> (): how many labels `loss` is the mean over.
+
+  Of 'balanced' edges and 'combined' depth, which add means over parts of them: all."""
   update: Callable[[jax.Array, jax.Array, jax.Array], metrics.Update]
   """(logits, label, valid (B,)) -> sums and counts of one batch; jit-able."""
   compute: Callable[[Sequence[Mapping[str, Any]]], dict[str, float]]
@@ -45,7 +49,6 @@ def make(
   labels: Mapping[str, Any],
   *,
   loss_resolution: str = 'output',
-  smoothing: float = 0.1,
   edge_loss: str = 'huber',
   depth_loss: str = 'squared',
 ) -> dict[str, Task]:
@@ -57,7 +60,6 @@ def make(
     loss_resolution: where losses are taken. 'output': labels come down to the
       logits (the published way); edges by `resize.cell_max`, others by
       `resize.nearest`. 'label': logits go up to the labels, bilinearly.
-    smoothing: of the segmentation labels.
     edge_loss: 'huber' (published) | 'balanced'.
     depth_loss: 'squared' (published) | 'combined'.
 
@@ -82,26 +84,26 @@ def make(
       name,
       tuple(labels[name].classes),
       at_label=loss_resolution == 'label',
-      smoothing=smoothing,
       edge_loss=edge_loss,
       depth_loss=depth_loss,
     )
   return tasks
 
 
-def _segmentation(name, classes, *, at_label, smoothing, **_):
+def _segmentation(name, classes, *, at_label, **_):
   def predict(logits, shape):
     logits = resize.bilinear(logits, shape[1:3])
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-  cross_entropy = functools.partial(losses.cross_entropy, smoothing=smoothing)
   return Task(
     name,
     'segmentation',
     classes,
     outputs=len(classes),
     head='dense',
-    loss=_at_one_resolution(cross_entropy, resize.nearest, at_label),
+    **_at_one_resolution(
+      losses.cross_entropy, losses.has_class, resize.nearest, at_label
+    ),
     update=metrics.segmentation_update,
     compute=functools.partial(metrics.segmentation_compute, classes=classes),
     primary='miou',
@@ -117,7 +119,9 @@ def _edges(name, classes, *, at_label, edge_loss, **_):
     classes,
     outputs=1,
     head='dense',
-    loss=_at_one_resolution(EDGE_LOSSES[edge_loss], resize.cell_max, at_label),
+    **_at_one_resolution(
+      EDGE_LOSSES[edge_loss], losses.has_edge, resize.cell_max, at_label
+    ),
     update=metrics.edges_update,
     compute=metrics.edges_compute,
     primary='f1',
@@ -135,7 +139,9 @@ def _depth(name, classes, *, at_label, depth_loss, **_):
     classes,
     outputs=1,
     head='dense',
-    loss=_at_one_resolution(DEPTH_LOSSES[depth_loss], resize.nearest, at_label),
+    **_at_one_resolution(
+      DEPTH_LOSSES[depth_loss], losses.has_depth, resize.nearest, at_label
+    ),
     update=metrics.depth_update,
     compute=metrics.depth_compute,
     primary='rmse',
@@ -153,7 +159,9 @@ def _normals(name, classes, *, at_label, **_):
     classes,
     outputs=3,
     head='dense',
-    loss=_at_one_resolution(losses.cosine_normals, resize.nearest, at_label),
+    **_at_one_resolution(
+      losses.cosine_normals, losses.has_normal, resize.nearest, at_label
+    ),
     update=metrics.normals_update,
     compute=metrics.normals_compute,
     primary='mean_angle',
@@ -172,6 +180,7 @@ def _attribute(name, classes, **_):
     outputs=1,
     head='classification',
     loss=losses.binary_cross_entropy,
+    count=lambda _, label, valid: losses.count(losses.has_class(label), valid),
     update=metrics.attribute_update,
     compute=metrics.attribute_compute,
     primary='balanced_accuracy',
@@ -189,7 +198,9 @@ _KINDS = {
 }
 
 
-def _at_one_resolution(loss: Loss, shrink: Callable, at_label: bool) -> Loss:
+def _at_one_resolution(loss, labelled, shrink, at_label) -> dict[str, Loss]:
+  """`loss` and `count` of a task, where logits and labels have one resolution."""
+
   def resized(logits, label, valid):
     if at_label:
       logits = resize.bilinear(logits, label.shape[1:3])
@@ -197,11 +208,16 @@ def _at_one_resolution(loss: Loss, shrink: Callable, at_label: bool) -> Loss:
       label = shrink(label, logits.shape[1:3])
     return loss(logits, label, valid)
 
-  return resized
+  def count(logits, label, valid):
+    if not at_label:
+      label = shrink(label, logits.shape[1:3])
+    return losses.count(labelled(label), valid)
+
+  return {'loss': resized, 'count': count}
 
 
 def _check(what, given, known):
   if given not in known:
-    close = difflib.get_close_matches(given, list(known), n=1)
+    close = difflib.get_close_matches(str(given), list(known), n=1)
     hint = f'did you mean {close[0]!r}? ' if close else ''
     raise UserError(f'unknown {what} {given!r}; {hint}known: {", ".join(known)}')

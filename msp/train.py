@@ -1,5 +1,6 @@
 """The loop: data, logging, evaluation, checkpoints; no mathematics."""
 
+import contextlib
 import functools
 import logging
 import math
@@ -17,7 +18,7 @@ from msp import figures, processes, report
 from msp import groups as gr
 from msp import initial as initial_module
 from msp import workdir as workdir_module
-from msp.checkpoint import Checkpoints, DamagedCheckpointError
+from msp.checkpoint import Checkpoints
 from msp.console import Bar, Clock, Interruption
 from msp.errors import UserError
 from msp.evaluate import make_predict
@@ -62,9 +63,7 @@ def train(
   """
   workdir_module.check(workdir, config)
   run = open_run(config, devices, workdir, skip_corrupt=skip_corrupt)
-  processes.first_does(lambda: _claim(workdir, run))
-  logger.info('work directory: %s', workdir)
-  with Checkpoints(workdir) as checkpoints:
+  with _claimed(workdir, run), Checkpoints(workdir) as checkpoints:
     feed = run.feed()
     latest = run.newest(checkpoints)
     if latest is None:
@@ -77,7 +76,8 @@ def train(
       progress = Progress(**meta['progress'])
       logger.info('going on from step %d', step)
     first, evaluate = processes.is_first(), run.evaluator()
-    with MetricWriter(workdir, step) if first else SilentWriter() as writer:
+    new_writer = lambda: MetricWriter(workdir, step) if first else SilentWriter()
+    with processes.each_does(new_writer) as writer:
       if int(state.step) < config.train.steps and not progress.stopped:
         state, progress = _loop(
           run, state, progress, feed, evaluate, checkpoints, writer
@@ -128,13 +128,23 @@ def adapt(
   return train(config, workdir, devices, skip_corrupt=skip_corrupt)
 
 
-def _claim(workdir, run):
-  workdir_module.claim(workdir, run.config)
-  if run.config.initial:
-    initial_module.keep_shape(workdir, run.experiment.model.backbone.shape)
-  if run.experiment.initial.params:
-    path = initial_module.write_report(workdir, run.experiment.initial)
-    logger.info('what became of every initial weight: %s', path)
+@contextlib.contextmanager
+def _claimed(workdir, run):
+  """Makes the directory this run's, and no other process's while it goes on."""
+  with contextlib.ExitStack() as held:
+
+    def claim():
+      workdir_module.claim(workdir, run.config)
+      held.enter_context(workdir_module.exclusive(workdir))
+      if run.config.initial:
+        initial_module.keep_shape(workdir, run.experiment.model.backbone.shape)
+      if run.experiment.initial.params:
+        path = initial_module.write_report(workdir, run.experiment.initial)
+        logger.info('what became of every initial weight: %s', path)
+
+    processes.first_does(claim)
+    logger.info('work directory: %s', workdir)
+    yield
 
 
 class Progress(NamedTuple):
@@ -242,6 +252,7 @@ def _loop(run, state, progress, feed, evaluate, checkpoints, writer):
           progress = progress._replace(stopped=True)
           bar.say(f'stopping: no better score since step {since}')
       meta = {'data': feed.get_state(), 'progress': progress._asdict()}
+      meta['stand_in'] = bool(config.data.procedural_images)
       checkpoints.save(step, state, meta, score)
       if guarded:
         safe = step, _copy(_network(state))
@@ -281,16 +292,19 @@ def _finish(run, workdir, state, evaluate, checkpoints, writer):
   best = checkpoints.best_step()
   if best not in (None, int(state.step)):
     try:
-      rows['test_best'], _ = checkpoints.restore(best, state)
-    except DamagedCheckpointError as e:
+      restore = lambda: checkpoints.restore(best, state)
+      rows['test_best'], _ = processes.each_does(restore)
+    except UserError as e:  # damaged, here or for another process
       logger.warning('%s. The best state is left out', e)
   for split, one in rows.items():
     logger.info('evaluating the test split at step %d', one.step)
     values = evaluate(one, run.splits.test)
     writer.write({'split': split, 'step': int(one.step), **values})
-  if not processes.is_first():
-    return
-  # By itself: the other processes take no part in what follows.
+  processes.first_does(lambda: _write_last(run, workdir, state))
+
+
+def _write_last(run, workdir, state):
+  # On this process's own devices: the others take no part.
   params, stats = jax.device_get((state.params, state.batch_stats))
   workdir_module.write_groups(workdir, run.experiment.groups, params)
   tasks = run.experiment.tasks

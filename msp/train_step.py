@@ -56,7 +56,7 @@ def task_losses(
   """
   outputs, new_stats = multitask.apply(
     model,
-    {name: params[name] for name in ('backbone', 'heads')},
+    params,
     batch_stats,
     batch['image'],
     train=True,
@@ -83,7 +83,7 @@ def label_mask(batch: Batch, task: str) -> jax.Array:
   Of image-level labels 255 is none; pixels without a label are the losses' business.
   """
   valid, label = batch['valid'], batch[task]
-  return valid if label.ndim > 1 else valid & (label != losses.IGNORE)
+  return valid if label.ndim > 1 else valid & losses.has_class(label)
 
 
 def make_train_step(
@@ -181,13 +181,10 @@ def make_train_step(
     def inner_loop(params, rho, start=0, stop=inner_steps):
       if not inner_steps:
         return params, None
-      support = jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (stop - start, *x.shape)), batches['support']
-      )
       return adapt(
-        at,
+        lambda params, key: at(params, (batches['support'], key)),
         params,
-        (support, keys[start:stop]),
+        keys[start:stop],
         inner,
         sparsity=coefficient(rho, state.lambda_max),
         unroll=unroll,
@@ -352,7 +349,7 @@ def make_train_step(
         objective, groups, params, state.removed_at_start, state.step, settled
       )
     elif learned and objective.rise:
-      violation = objectives.early(
+      violation = objectives.trust_region_violation(
         objective, groups, params, state.removed_at_start, state.step
       )
     if learned:

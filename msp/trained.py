@@ -50,7 +50,7 @@ def evaluate_run(
     logger.info('%s: %s', split, summary(values, run.experiment.tasks))
   content = json.dumps(result, indent=2).encode()
   path = workdir / 'evaluation.json'
-  processes.first_does(lambda: workdir_module.write(path, lambda f: f.write(content)))
+  processes.first_does(lambda: workdir_module.write(path, content))
   return result
 
 
@@ -115,10 +115,8 @@ def compact_run(
       for size, pair in costs.items()
     },
   }
-  workdir_module.write(
-    folder / 'compact.json', lambda f: f.write(json.dumps(content, indent=2).encode())
-  )
-  workdir_module.write(folder / 'compact.md', lambda f: f.write(text.encode()))
+  workdir_module.write(folder / 'compact.json', json.dumps(content, indent=2).encode())
+  workdir_module.write(folder / 'compact.md', text.encode())
   return folder / 'compact.md'
 
 
@@ -185,10 +183,10 @@ def export_run(
     folder.mkdir(exist_ok=True)
     (folder / 'model.onnx').unlink(missing_ok=True)  # of an earlier state
     for name, whole in files.items():
-      workdir_module.write(folder / name, lambda f, whole=whole: f.write(whole))
+      workdir_module.write(folder / name, whole)
     content = _export_onnx(predict, shape, images)
     if content is not None:
-      workdir_module.write(folder / 'model.onnx', lambda f: f.write(content))
+      workdir_module.write(folder / 'model.onnx', content)
   except OSError as e:
     raise UserError(f'cannot write to {folder}: {e.strerror}') from None
   return folder / 'model.stablehlo'

@@ -178,7 +178,11 @@ def adaptive_proximal(
     before, moment = _second_moment(state.inner_state), _second_moment(inner_state)
     # RMSProp counts no steps and corrects no bias.
     count = moment.count if 'count' in moment._fields else None
-    moved = count is None or count > before.count
+    if count is None:
+      changed = jax.tree.map(lambda a, b: jnp.any(a != b), before.nu, moment.nu)
+      moved = jnp.any(jnp.stack(jax.tree.leaves(changed)))
+    else:
+      moved = count > before.count
     second = gr.select(groups, moment.nu)
 
     def metric(nu):
@@ -189,8 +193,7 @@ def adaptive_proximal(
 
     def prox(x, lam):
       metrics = {layer: metric(second[layer]) for layer in x}
-      z = kind.prox_weighted(x, metrics, step, lam, axis)
-      return z if count is None else optax.tree.where(moved, z, x)
+      return optax.tree.where(moved, kind.prox_weighted(x, metrics, step, lam, axis), x)
 
     updates = _proximal_updates(prox, groups, params, updates, lam, min_alive)
     done = optax.safe_increment(state.count)
@@ -237,10 +240,13 @@ def freeze_dead(groups: gr.Groups) -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _is_schedule(value):
+  return callable(value) and not hasattr(value, 'shape')  # an nnx.Param is both
+
+
 def _at(value, count):
   """A number as it is, a schedule at its step."""
-  is_schedule = callable(value) and not hasattr(value, 'shape')  # an nnx.Param is both
-  return value(count) if is_schedule else value
+  return value(count) if _is_schedule(value) else value
 
 
 def _coefficient(given, default, count):
@@ -253,7 +259,7 @@ def _coefficient(given, default, count):
 
 def _check_step(penalty, learning_rate):
   steps = [learning_rate]
-  if callable(learning_rate):
+  if _is_schedule(learning_rate):
     with jax.ensure_compile_time_eval():  # also where the transform is made in a jit
       steps = [learning_rate(count) for count in (0, *(10**n for n in range(7)))]
   # A traced one, as by inject_hyperparams, cannot be looked at.
@@ -330,13 +336,15 @@ def _protect(x, z, axis, min_alive):
 _OTHER_METRICS = (
   optax.ScaleByAmsgradState,
   optax.ScaleByNovogradState,
-  optax.ScaleByRStdDevState,
+  optax.ScaleByRStdDevState,  # and the same with a count, which optax does not export
+  type(optax.rmsprop(0.0, centered=True, bias_correction=True).init(())[0]),
   optax.ScaleBySM3State,
   optax.contrib.ScheduleFreeState,  # steps at a point beside the parameters
 )
 
-# The same of optimisers whose state is that of Adam.
-_OTHER_OPTIMIZERS = ('adamax', 'adamaxw', 'contrib.adopt', 'lamb', 'radam')
+# Optimisers whose step is in the metric of their second moment, as `metric` reads it.
+# Others keep the state of Adam and step otherwise: adamax, lamb, radam, contrib.adopt.
+_IN_THE_METRIC = ('adam', 'adamw', 'nadam', 'nadamw', 'adabelief', 'yogi', 'rmsprop')
 
 
 def _second_moment(state: Any) -> Any:
@@ -483,7 +491,7 @@ def retreat(rate: float = 0.1) -> optax.GradientTransformationExtraArgs:
   """Makes updates fall where a constraint is violated.
 
   u ← min(u, 0) − rate · min(v, 1) where v > 0, v the keyword `violation` of `update`:
-  the trust region of the objective `holdout` (`msp.objectives.early`).
+  the trust region of the objective `holdout` (`msp.objectives.trust_region_violation`).
 
   Args:
     rate: of the fall, a step.
@@ -609,17 +617,18 @@ def metric(entry: Mapping[str, Any], where: str) -> dict[str, float]:
   Raises:
     UserError: its step is in another metric than its second moment's.
   """
-  if entry['name'] in _OTHER_OPTIMIZERS:
+  name = entry['name']
+  values = _arguments(_find(name), entry) if name in _IN_THE_METRIC else None
+  if values is None or values.get('centered'):
     raise UserError(
       f'{where}: the prox in the metric of a second moment does not fit '
-      f'{entry["name"]}; use adam, adamw or rmsprop, or sparsity.metric=euclidean'
+      f'{"a centered " if values else ""}{name}; use one of '
+      f'{", ".join(_IN_THE_METRIC)}, or sparsity.metric=euclidean'
     )
-  factory = _find(entry['name'])
-  values = inspect.signature(factory).parameters if factory else {}
-  values = {name: parameter.default for name, parameter in values.items()}
-  values |= dict(entry)
-  if entry['name'] == 'rmsprop' and values['eps_in_sqrt']:
-    values |= {'eps_root': values['eps'], 'eps': 0.0}
+  if name == 'rmsprop':
+    values['b2'] = values['decay']
+    if values['eps_in_sqrt']:
+      values |= {'eps_root': values['eps'], 'eps': 0.0}
   return {name: values[name] for name in ('b2', 'eps', 'eps_root') if name in values}
 
 
@@ -660,13 +669,24 @@ def _resolve(entry, where, differentiated):
   transform = _call(factory, name, entry, where)
   if not isinstance(transform, optax.GradientTransformation):
     raise UserError(f'{where}: {name!r} is not an optax transform')
-  takes_root = 'eps_root' in inspect.signature(factory).parameters
-  if differentiated and takes_root and not entry.get('eps_root'):
+  values = _arguments(factory, entry)
+  remedy = None
+  if 'eps_root' in values and not values['eps_root']:
+    remedy = 'give it an eps_root above 0, such as 1e-16'
+  elif not values.get('eps_in_sqrt', True):
+    remedy = 'set its eps_in_sqrt'
+  if differentiated and remedy:
     raise UserError(
       f'{where}: the hypergradient runs through {name}, whose derivative is infinite '
-      f'where a gradient is 0; give it an eps_root above 0, such as 1e-16'
+      f'where a gradient is 0; {remedy}'
     )
   return transform
+
+
+def _arguments(factory, given):
+  """The arguments of a call, defaults included."""
+  parameters = inspect.signature(factory).parameters
+  return {name: p.default for name, p in parameters.items()} | dict(given)
 
 
 _OWN: dict[str, Callable[..., optax.GradientTransformation]] = {

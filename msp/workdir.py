@@ -1,5 +1,7 @@
 """The work directory: one run's files, each of them whole or absent."""
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -59,6 +61,34 @@ def check(workdir: Path, config: ConfigDict) -> None:
     )
 
 
+def configuration(workdir: Path) -> ConfigDict:
+  """The configuration that a run of this directory was made with.
+
+  Raises:
+    UserError: there is none, or it is damaged.
+  """
+  path = workdir / 'config.json'
+  try:
+    return _as_config(json.loads(path.read_text()))
+  except FileNotFoundError:
+    raise UserError(
+      f'no {path}: name the directory of a run with --workdir, or its --config'
+    ) from None
+  except (OSError, ValueError, TypeError) as e:
+    raise UserError(f'cannot read {path}: {e}; name its --config') from None
+
+
+def _as_config(value):
+  """What JSON made of a configuration; its tuples have become lists."""
+  if isinstance(value, Mapping):
+    return ConfigDict({name: _as_config(entry) for name, entry in value.items()})
+  if isinstance(value, list):
+    entries = [_as_config(entry) for entry in value]
+    transforms = any(isinstance(entry, ConfigDict) for entry in entries)
+    return entries if transforms else tuple(entries)
+  return value
+
+
 def claim_for_sweep(workdir: Path, name: str) -> None:
   """Creates the directory for a sweep, or checks that it is its own.
 
@@ -84,7 +114,7 @@ def claim_for_sweep(workdir: Path, name: str) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-      write(path, lambda f: f.write(json.dumps({'name': name}).encode()))
+      write(path, json.dumps({'name': name}).encode())
   except OSError as e:
     raise _unwritable(workdir, e.strerror) from None
 
@@ -105,9 +135,32 @@ def claim(workdir: Path, config: ConfigDict) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-      write(path, lambda f: f.write(content))
+      write(path, content)
   except OSError as e:
     raise _unwritable(workdir, e.strerror) from None
+
+
+@contextlib.contextmanager
+def exclusive(workdir: Path) -> Iterator[None]:
+  """Keeps other processes from training in a directory of a run or a sweep.
+
+  Two of them would overwrite each other's log. The system lets go of the lock when the
+  process ends, however it ends.
+
+  Raises:
+    UserError: another process trains in it.
+  """
+  with (workdir / '.lock').open('w') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(
+        f'another process is training in {workdir}; wait for its end, or choose '
+        f'another directory with --workdir'
+      ) from None
+    except OSError:  # a file system without locks
+      pass
+    yield
 
 
 def _resolved(config):
@@ -140,9 +193,15 @@ def _moved(field, old, new):
   return field == 'initial' and len(parts(old)) == 3 and parts(old) == parts(new)
 
 
-def write(path: Path, fill: Callable[[BinaryIO], Any]) -> None:
-  """Writes a file so that a kill leaves the old content or the new one."""
+def write(path: Path, content: bytes | Callable[[BinaryIO], Any]) -> None:
+  """Writes a file so that a kill leaves the old content or the new one.
+
+  Args:
+    path: of the file; its folder exists.
+    content: the bytes, or what writes them to an open file.
+  """
   temporary = path.with_name(f'.{path.name}.tmp')
+  fill = content if callable(content) else lambda f: f.write(content)
   try:
     with naming(path), temporary.open('wb') as f:
       fill(f)
@@ -168,7 +227,7 @@ def write_groups(workdir: Path, groups: gr.Groups, params: Any) -> None:
   if groups.axis != 'coupled':  # streams are in that order
     layers.sort(key=lambda layer: _depth(layer['name']))
   content = json.dumps({'axis': groups.axis, 'layers': layers}).encode()
-  write(workdir / 'groups.json', lambda f: f.write(content))
+  write(workdir / 'groups.json', content)
 
 
 def _depth(name):

@@ -74,7 +74,7 @@ class MetricWriter:
     return read(self._path) if self._path.exists() else []
 
   def _rewrite(self, rows):
-    write(self._path, lambda f: f.write(''.join(map(_line, rows)).encode()))
+    write(self._path, ''.join(map(_line, rows)).encode())
     self._file = self._path.open('a')
 
   def _event(self, step, **content):

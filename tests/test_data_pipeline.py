@@ -1,6 +1,7 @@
 """Batches: order, sharding, flips, resuming, padding."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -287,6 +288,18 @@ def test_evaluation_by_two_processes(splits):
     for key in ('image', 'parts', 'male', 'valid'):
       joined = np.concatenate([share[step][key] for share in shares])
       np.testing.assert_array_equal(joined, expected[key])
+
+
+def test_a_damaged_record_names_the_folder(prepared, tmp_path):
+  folder = shutil.copytree(prepared, tmp_path / 'copy') / 'celebamask_hq'
+  (path,) = folder.glob('*/*/*train.array_record*')
+  content = bytearray(path.read_bytes())
+  middle = len(content) // 2
+  content[middle - 3000 : middle + 3000] = bytes(6000)
+  path.write_bytes(content)
+  splits = data.open('celebamask_hq', tmp_path / 'copy', SIZE, 0.25)
+  with pytest.raises(DataError, match=rf'{folder}.* is damaged .*rm -r'):
+    take(iterator(splits.train), 10)
 
 
 def test_requests_that_cannot_be_met(splits, prepared):

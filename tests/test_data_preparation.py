@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 import data
-from data import DataError, celebamask_hq, preparation
+from data import DataError, celebamask_hq, files, preparation
 
 NUM, SIZE = 30, (16, 16)
 PREPARED = 'celebamask_hq/16x16/1.0.0'
@@ -362,16 +362,39 @@ def test_too_few_images(tmp_path):
   fails(source, tmp_path, 'too few', 'the split val is empty')
 
 
+def wait_for_waiting(future, caplog):
+  """Until a thread says that it waits for another process."""
+  for _ in range(3000):
+    if 'waiting for another process' in caplog.text or future.done():
+      break
+    time.sleep(0.01)
+  assert 'waiting for another process' in caplog.text
+  assert not future.done()
+
+
+def test_a_second_renderer_waits_and_finds_the_set(rendered, tmp_path, caplog):
+  caplog.set_level(logging.INFO, logger=files.__name__)
+  target = tmp_path / 'set'
+  target.mkdir()
+  render = lambda: data.render_faces(target, NUM, (32, 32), seed=0, progress=False)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    with files.exclusive(target):
+      waiting = pool.submit(render)
+      wait_for_waiting(waiting, caplog)
+      shutil.copytree(rendered, target, dirs_exist_ok=True)  # the other one finishes
+      marker = (target / 'procedural.json').stat().st_mtime_ns
+    assert waiting.result(60) == target
+  assert (target / 'procedural.json').stat().st_mtime_ns == marker
+
+
 def test_second_process_waits(source, tmp_path, caplog):
-  caplog.set_level(logging.INFO, logger=preparation.__name__)
+  caplog.set_level(logging.INFO, logger=files.__name__)
   work = tmp_path / 'out/celebamask_hq/16x16.building'
   work.mkdir(parents=True)
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    with preparation._exclusive(work):
+    with files.exclusive(work):
       waiting = pool.submit(prepare, source, tmp_path)
-      while 'waiting for another process' not in caplog.text and not waiting.done():
-        time.sleep(0.01)
-      assert not waiting.done()
+      wait_for_waiting(waiting, caplog)
       # Meanwhile the other one finishes.
       built = prepare(source, tmp_path / 'other')
       folder = tmp_path / 'out' / PREPARED

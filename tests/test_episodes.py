@@ -38,6 +38,12 @@ def test_drawn_subsets_are_uniform_and_never_empty():
   assert (abs(counts[1:] - 1000) < 120).all()
 
 
+def test_subsets_of_all_attributes_are_drawn_too():
+  rows = np.asarray(episodes.draw(jax.random.key(0), 42, '2000'))
+  # Four standard deviations of a mean of 2000 draws.
+  np.testing.assert_allclose(rows.mean(axis=0), 0.5, atol=4 * 0.5 / 2000**0.5)
+
+
 def test_another_key_draws_others():
   draw = lambda seed: np.asarray(episodes.draw(jax.random.key(seed), 4, '20'))
   np.testing.assert_array_equal(draw(0), draw(0))

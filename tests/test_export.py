@@ -147,9 +147,13 @@ def test_a_folder_of_pictures(network, exported, tmp_path, caplog):
   text = PngInfo()
   text.add_text('a comment', 'x' * 2_000_000, zip=True)  # Pillow reads a million
   large.save(photos / 'chatty.png', pnginfo=text)
+  lying = Image.Exif()
+  lying[0x0112] = 6  # to be turned by 90°
+  turned = large.transpose(Image.Transpose.ROTATE_90)
+  turned.save(photos / 'turned.png', exif=lying)
   (photos / 'below').mkdir()
   target = tmp_path / 'out' / 'predictions'
-  assert predict_folder(exported, photos, target) == (18, 3)
+  assert predict_folder(exported, photos, target) == (19, 3)
   assert 'skipped: unreadable image' in caplog.text
   assert '05.png' in caplog.text
   assert 'more than 8 bits' in caplog.text
@@ -170,9 +174,12 @@ def test_a_folder_of_pictures(network, exported, tmp_path, caplog):
     assert np.abs(difference).max() < 0.6 / 127.5
   with Image.open(target / 'large.png.parts.png') as image:
     assert image.size == (50, 40)
+    upright = np.asarray(image)
+  with Image.open(target / 'turned.png.parts.png') as image:
+    np.testing.assert_array_equal(np.asarray(image), upright)
   with (target / 'attributes.csv').open() as file:
     rows = {row['picture']: row['smiling'] for row in csv.DictReader(file)}
-  assert len(rows) == 18
+  assert len(rows) == 19
   assert float(rows['17.png']) == pytest.approx(wanted['smiling'][0], abs=1e-4)
 
 

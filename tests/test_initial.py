@@ -9,6 +9,7 @@ import safetensors.numpy
 
 from msp import compact
 from msp import groups as gr
+from msp.checkpoint import Checkpoints
 from msp.errors import UserError
 from msp.initial import fitting, kept_shape, read, tasks
 from msp.models import multitask
@@ -153,11 +154,15 @@ def test_a_pytorch_backbone_computes_the_same(block, blocks, timm, prefix, tmp_p
   else:
     np.savez(path, **named)
   model = small_network(block, blocks)
-  initial = read(str(path), model)
+  initial = read(str(path), model, 'camvid')
   model = model._replace(backbone=model.backbone.clone(shape=initial.shape))
   params, stats = init(model)
-  used, used_stats, fresh, unused = fitting(initial, params, stats)
+  used, used_stats, fresh, unused, reshaped = fitting(initial, params, stats)
   assert unused == (f'{prefix}fc.weight',)
+  assert reshaped.keys() == {path for path in used if path.endswith('/kernel')}
+  kernel = 'backbone/layer4_0/conv1/kernel'
+  assert reshaped[kernel] == arrays['layer4.0.conv1.weight'].shape
+  assert sorted(reshaped[kernel]) == sorted(used[kernel].shape)
   assert fresh
   assert all(path.startswith('heads/') for path in fresh)
   params, stats = gr.replace(params, used), gr.replace(stats, used_stats)
@@ -185,7 +190,7 @@ def small(tmp_path):
 
 def test_a_compact_network_with_another_head(tmp_path):
   model, result = small(tmp_path)
-  initial = read(str(tmp_path / 'compact'), model)
+  initial = read(str(tmp_path / 'compact'), model, 'camvid')
   assert initial.shape == result.model.backbone.shape
   heads = HEADS | {'regions': ('dense', 5), 'young': ('classification', 1)}
   other = multitask.build(
@@ -195,7 +200,7 @@ def test_a_compact_network_with_another_head(tmp_path):
   shapes = jax.eval_shape(
     lambda key: multitask.init(other, key, (*SIZE, 3)), jax.random.key(0)
   )
-  used, stats, fresh, unused = fitting(initial, *shapes)
+  used, stats, fresh, unused, _ = fitting(initial, *shapes)
   assert all(p.startswith('heads/regions') for p in unused)
   few = multitask.build(
     {}, blocks=(1, 1, 1, 1), block='basic', width=0.125, head_features=8
@@ -233,47 +238,47 @@ def test_what_cannot_be_begun_with(tmp_path):
   model, result = small(tmp_path)
   compact.write(tmp_path / 'compact' / 'folded', compact.fold(result))
   with pytest.raises(UserError, match='norms folded and cannot be trained'):
-    read(str(tmp_path / 'compact' / 'folded'), model)
+    read(str(tmp_path / 'compact' / 'folded'), model, 'camvid')
   with pytest.raises(UserError, match=r'no compact network, work directory, \.npz'):
-    read(str(tmp_path / 'nowhere'), model)
+    read(str(tmp_path / 'nowhere'), model, 'camvid')
   (tmp_path / 'run' / 'checkpoints').mkdir(parents=True)
   with pytest.raises(UserError, match='no complete checkpoint'):
-    read(str(tmp_path / 'run'), model)
+    read(str(tmp_path / 'run'), model, 'camvid')
   for name in ('damaged.npz', 'damaged.safetensors'):
     (tmp_path / name).write_bytes(b'1234567890')
     with pytest.raises(UserError, match=f'{name}: not readable'):
-      read(str(tmp_path / name), model)
+      read(str(tmp_path / name), model, 'camvid')
   np.savez(tmp_path / 'other.npz', weight=np.zeros(3))
   with pytest.raises(UserError, match='no ResNet in it'):
-    read(str(tmp_path / 'other.npz'), model)
+    read(str(tmp_path / 'other.npz'), model, 'camvid')
   kernel = 'layer1.0.conv1.weight'
   for values in (np.full((8, 8, 3, 3), 'x'), np.ones((8, 8, 3, 3), np.int8)):
     np.savez(tmp_path / 'other.npz', **{kernel: values})
     with pytest.raises(UserError, match=f'{kernel} is .*; weights have to be float'):
-      read(str(tmp_path / 'other.npz'), model)
+      read(str(tmp_path / 'other.npz'), model, 'camvid')
   np.savez(tmp_path / 'other.npz', **{kernel: np.array([None])})
   with pytest.raises(UserError, match=r'other\.npz: not readable \(Object arrays'):
-    read(str(tmp_path / 'other.npz'), model)
+    read(str(tmp_path / 'other.npz'), model, 'camvid')
   with (tmp_path / 'other.npz').open('wb') as file:
     np.save(file, np.zeros(3))
   with pytest.raises(UserError, match=r'other\.npz: not readable'):
-    read(str(tmp_path / 'other.npz'), model)
+    read(str(tmp_path / 'other.npz'), model, 'camvid')
   np.savez_compressed(tmp_path / 'other.npz', **{kernel: np.random.rand(30, 30)})
   content = bytearray((tmp_path / 'other.npz').read_bytes())
   content[80:90] = b'\xff' * 10
   (tmp_path / 'other.npz').write_bytes(content)
   with pytest.raises(UserError, match=r'other\.npz: not readable'):
-    read(str(tmp_path / 'other.npz'), model)
+    read(str(tmp_path / 'other.npz'), model, 'camvid')
   header = {kernel: {'dtype': 'F8_E4M3', 'shape': [1], 'data_offsets': [0, 1]}}
   header = json.dumps(header).encode()
   eighth = tmp_path / 'eighth.safetensors'
   eighth.write_bytes(len(header).to_bytes(8, 'little') + header + b'0')
   with pytest.raises(UserError, match=r'eighth\.safetensors: not readable'):
-    read(str(eighth), model)
+    read(str(eighth), model, 'camvid')
   squeezed = {'layer1.0.conv1.weight': np.zeros((8, 8, 3, 3))}
   np.savez(tmp_path / 'se.npz', **squeezed, **{'layer1.0.se.fc1.weight': np.zeros(3)})
   with pytest.raises(UserError, match=r'layer1\.0\.se\.fc1\.weight has no counterpart'):
-    read(str(tmp_path / 'se.npz'), model)
+    read(str(tmp_path / 'se.npz'), model, 'camvid')
   (tmp_path / 'backbone.json').write_text('[]')
   with pytest.raises(UserError, match=r'cannot read .*backbone\.json'):
     kept_shape(tmp_path)
@@ -285,7 +290,7 @@ def test_another_depth_is_refused(blocks, tmp_path):
   arrays = state_dict((8, 8, 16, 8, 16, 32, 64), 'basic', blocks, timm=False)
   np.savez(tmp_path / 'x.npz', **arrays)
   model = small_network('basic', mine)
-  initial = read(str(tmp_path / 'x.npz'), model)
+  initial = read(str(tmp_path / 'x.npz'), model, 'camvid')
   model = model._replace(backbone=model.backbone.clone(shape=initial.shape))
   shapes = jax.eval_shape(
     lambda key: multitask.init(model, key, (*SIZE, 3)), jax.random.key(0)
@@ -295,3 +300,24 @@ def test_another_depth_is_refused(blocks, tmp_path):
     where = r'layer3_1/\S+ absent, this model \('
   with pytest.raises(UserError, match=f'holds another backbone; .*{where}'):
     fitting(initial, *shapes)
+
+
+def test_a_head_of_another_data_set_is_not_taken_over(tmp_path):
+  model = small_network('basic', (1, 1, 1, 1))
+  params, stats = init(model)
+  state = {'params': params, 'batch_stats': stats}
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(1, state, {}, 0.5)
+  config = {'data': {'name': 'camvid'}, 'tasks': list(HEADS)}
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  for data_set, heads in (('camvid', True), ('nyud_mt', False)):
+    initial = read(str(tmp_path), model, data_set)
+    used = fitting(initial, params, stats)
+    taken = [path for path in used.params if path.startswith('heads/')]
+    assert bool(taken) is heads
+    assert any(path.startswith('heads/') for path in used.unused) is not heads
+    assert any(path.startswith('backbone/') for path in used.params)
+    assert tasks(str(tmp_path), data_set) == (list(HEADS) if heads else [])
+  (tmp_path / 'config.json').unlink()
+  with pytest.raises(UserError, match='with its config.json'):
+    read(str(tmp_path), model, 'camvid')

@@ -13,7 +13,13 @@ import msp
 from msp import groups as gr
 from msp.adaptation import adapt
 from msp.errors import UserError
-from msp.hypergradient import Solver, hypergradient, meta_gradients
+from msp.hypergradient import (
+  Solver,
+  hypergradient,
+  meta_gradients,
+  online,
+  zero_tangent,
+)
 
 K = 2
 
@@ -188,6 +194,25 @@ def test_hypergradient_of_each_layer(mode):
     wanted = central(lambda t, i=i: both(rho.at[i].set(t))[0], rho[i], 1e-5)
     np.testing.assert_allclose(got[i], wanted, rtol=1e-5, atol=1e-11)
   assert jnp.isfinite(value)
+
+
+@pytest.mark.parametrize('mode', ['forward', 'online'])
+def test_a_program_does_not_grow_with_the_coefficients(mode):
+  loss, params, groups, tx = conv_problem('group', 'euclidean', 'layer')
+  support, hold_out = make_batches(4, steps=2), first(make_batches(5))
+
+  def program(rho):
+    scale = lambda r: jnp.exp(jnp.resize(r, len(groups.names)))
+    inner = lambda p, r: adapt(loss, p, support, tx, sparsity=scale(r))[0]
+    if mode == 'forward':
+      outer = lambda p: loss(p, hold_out)[0]
+      return hypergradient(outer, inner, params, rho, mode=mode)
+    step = lambda s, r: ((inner(s[0], r), ()), loss(s[0], hold_out)[0], ())
+    state = params, ()
+    return online(step, state, rho, zero_tangent(state, rho))[1:4]
+
+  size = lambda n: str(jax.make_jaxpr(program)(jnp.zeros(n))).count('\n')
+  assert size(4) < 1.1 * size(2)
 
 
 def toy(seed=0):

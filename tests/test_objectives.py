@@ -157,7 +157,7 @@ def test_what_may_be_dead_grows_with_the_steps():
     (0.0, 8, 1.0),
     (0.2, 9, 1.0),
   ):
-    got = objectives.early(o, groups, params, at_start, step)
+    got = objectives.trust_region_violation(o, groups, params, at_start, step)
     np.testing.assert_allclose(got, (0.4 - allowed) / objectives.BUDGET_BAND, atol=1e-5)
 
 

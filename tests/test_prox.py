@@ -424,3 +424,15 @@ def test_kernels_of_a_tree_are_independent(name, monkeypatch):
     rtol=1e-5,
     atol=1e-5,
   )
+
+
+@pytest.mark.parametrize('name', sorted(prox.PENALTIES))
+@pytest.mark.parametrize('weighted', [False, True])
+def test_a_coefficient_that_is_not_a_number_is_seen(name, weighted):
+  penalty, x = prox.get_penalty(name), jnp.ones((3, 4, 2))
+  nan = jnp.float32(jnp.nan)
+  if weighted:
+    got = penalty.prox_weighted({'a': x}, {'a': 2 * x}, 0.1, {'a': nan}, -2)['a']
+  else:
+    got = penalty.prox(x, 0.1, nan, -2)
+  assert jnp.isnan(got).any()

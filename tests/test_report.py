@@ -205,6 +205,23 @@ def test_dense(tmp_path):
   assert 'Sparsity' not in text
 
 
+@pytest.mark.parametrize(
+  ('coefficient', 'words'),
+  [
+    ('frozen', 'no sparsity coefficient, dead groups kept dead'),
+    ('learned', 'λ not logged yet'),
+  ],
+)
+def test_a_log_without_a_coefficient_is_not_always_of_a_dense_run(
+  tmp_path, coefficient, words
+):
+  make_run(tmp_path, 'dense')
+  config = json.loads((tmp_path / 'config.json').read_text())
+  config.setdefault('sparsity', {})['coefficient'] = coefficient
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  assert words in report.write(tmp_path).read_text()
+
+
 def test_stand_in_says_so(tmp_path):
   config = configuration(data={'name': 'celebamask_hq', 'procedural_images': 1000})
   (tmp_path / 'config.json').write_text(json.dumps(config))

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import functools
 import importlib
 import json
 from pathlib import Path
@@ -29,6 +30,7 @@ SCORES = {  # (run, seed) -> test mIoU, and mIoU on val over time
   ('before', 0): (None, ()),
   ('elsewhere', 0): (0.9, (0.9, 0.9, 0.9)),
   ('rare', 0): (0.7, ()),
+  ('adapted', 0): (0.7, ()),
 }
 
 
@@ -72,9 +74,10 @@ def trained(monkeypatch):
   """Training is replaced by writing a log; lists what was trained, may fail."""
   calls, failing = [], {}
 
-  def pretend(config, folder, *, skip_corrupt):
+  def pretend(config, folder, *, skip_corrupt, adapts=False):
     assert not skip_corrupt
     key = config.name.partition(': ')[2], config.seed
+    assert adapts == (key[0] == 'adapted')
     calls.append((*key, config.initial))
     workdir.claim(folder, config)
     if key in failing:
@@ -82,6 +85,7 @@ def trained(monkeypatch):
     write_log(folder, *key)
 
   monkeypatch.setattr(train, 'train', pretend)
+  monkeypatch.setattr(train, 'adapt', functools.partial(pretend, adapts=True))
   return calls, failing
 
 
@@ -135,6 +139,15 @@ def test_a_metric_that_only_the_test_split_has_draws_no_empty_figure(tmp_path, t
   base.add(made, 'rare', config, {'tasks': ('segmentation',)})
   page = sweep.run(made, tmp_path)
   assert {path.stem for path in page.parent.glob('*.png')} == {'results', 'patterns'}
+
+
+def test_a_run_adapts_where_it_says_so(tmp_path, trained):
+  made = make(seeds=(0,))
+  config = base.DATA_SETS['celeba'].multitask.get_config('procedural,tiny')
+  tasks = {'tasks': ('segmentation', 'male')}
+  base.add(made, 'adapted', config, tasks, start='alone', adapt=True)
+  sweep.run(made, tmp_path)
+  assert trained[0][-1] == ('adapted', 0, str(tmp_path / 'alone' / '0'))
 
 
 def test_only_what_is_missing_is_trained(tmp_path, trained):
@@ -321,6 +334,7 @@ def test_every_sweep_is_possible(file):
   for option in OPTIONS:
     made = module.get_config(option)
     sweep.check(made)
+    sweep.tasks_of(made)  # raises on a task that its data set does not have
     for entry in made.runs:
       config = sweep.configuration(made, entry, 0, Path('w'))
       config.initial = ''
@@ -379,6 +393,8 @@ def test_the_sweeps_are_those_of_the_papers():
   target = [c for n, c in corners.items() if c.data.name == 'nyud_mt']
   assert len(target) == 8 + 2
   assert {c.meta.inner_steps > 0 for c in target} == {True, False}
+  carried = [c.data.name for c in runs('transfer', 'nyu,from_camvid').values()]
+  assert (carried.count('camvid'), carried.count('nyud_mt')) == (4, 8 + 2)
   missing = {c.data.missing for c in runs('missing_labels', 'nyu').values()}
   assert missing == {0.0, 0.1, 0.2, 0.5}
   shares = {c.data.train_share for c in runs('unseen_tasks', 'nyu').values()}

@@ -105,6 +105,16 @@ def test_above_lambda_max_zero_is_a_fixed_point():
     assert all(not k.any() for k in kernels) is dead
 
 
+@pytest.mark.parametrize('size', [1.5e-4, 12.0])
+def test_norms_in_half_precision_neither_vanish_nor_overflow(size):
+  x = jnp.full((3, 3, 2, 64), size, jnp.float16)
+  norms = gr.norms(x, -2)
+  assert norms.dtype == jnp.float16
+  np.testing.assert_allclose(norms, [24 * size] * 2, rtol=2e-3)
+  shrunk = prox.group_lasso(x, 12 * size, -2)
+  np.testing.assert_allclose(shrunk, np.full(x.shape, size / 2), rtol=3e-3)
+
+
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_proximal_lands_on_the_prox_and_dead_groups_are_exactly_zero(dtype):
   params = make_params(dtype=dtype)
@@ -174,6 +184,10 @@ def test_adaptive_proximal_needs_one_second_moment():
   [
     (optax.amsgrad(0.1), 'AmsgradState is not'),
     (optax.rmsprop(0.1, centered=True), 'RStdDevState is not'),
+    (
+      optax.rmsprop(0.1, centered=True, bias_correction=True),
+      'RStdDevWithCountState is not',
+    ),
     (optax.contrib.schedule_free_adamw(0.1), 'ScheduleFreeState is not'),
     (
       optax.masked(optax.adam(0.1), {'backbone': False, 'heads': True}),
@@ -205,12 +219,13 @@ def test_adaptive_proximal_in_half_precision(penalty):
     np.testing.assert_allclose(x.astype(jnp.float32), want[layer], atol=0.06)
 
 
-def test_no_step_no_prox():
+@pytest.mark.parametrize('optimizer', [optax.adam, optax.rmsprop])
+def test_no_step_no_prox(optimizer):
   params = make_params()
   found = gr.find(params)
-  finite = optax.apply_if_finite(optax.adam(0.1), 5)
+  finite = optax.apply_if_finite(optimizer(0.1), 5)
   tx = msp.adaptive_proximal(finite, 'group_lasso', found, 0.1)
-  plain = msp.adaptive_proximal(optax.adam(0.1), 'group_lasso', found, 0.1)
+  plain = msp.adaptive_proximal(optimizer(0.1), 'group_lasso', found, 0.1)
   state = tx.init(params)
   broken = jax.tree.map(lambda g: g * jnp.nan, GRADS)
   want, _ = plain.update(GRADS, plain.init(params), params, sparsity=0.3)
@@ -311,8 +326,8 @@ def test_an_impossible_coefficient_is_refused(value):
     ({'name': 'adamw', 'b2': 0.9, 'eps': 1e-6}, (0.9, 1e-6, 0.0)),
     ({'name': 'yogi'}, (0.999, 1e-3, None)),
     ({'name': 'adabelief'}, (0.999, 1e-16, 1e-16)),
-    ({'name': 'rmsprop', 'eps': 1e-4}, (None, 0.0, 1e-4)),
-    ({'name': 'rmsprop', 'eps': 1e-4, 'eps_in_sqrt': False}, (None, 1e-4, None)),
+    ({'name': 'rmsprop', 'eps': 1e-4}, (0.9, 0.0, 1e-4)),
+    ({'name': 'rmsprop', 'eps': 1e-4, 'eps_in_sqrt': False}, (0.9, 1e-4, None)),
   ],
 )
 def test_metric_of_a_configured_optimiser(entry, want):
@@ -320,14 +335,25 @@ def test_metric_of_a_configured_optimiser(entry, want):
   assert tuple(got.get(name) for name in ('b2', 'eps', 'eps_root')) == want
 
 
-@pytest.mark.parametrize('name', ['adam', 'nadam', 'yogi', 'adabelief', 'rmsprop'])
-def test_the_metric_is_what_the_step_is_divided_by(name):
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [
+    ('adam', {}),
+    ('nadam', {}),
+    ('yogi', {}),
+    ('adabelief', {}),
+    ('rmsprop', {}),
+    ('rmsprop', {'bias_correction': True, 'decay': 0.7}),
+    ('rmsprop', {'eps_in_sqrt': False, 'eps': 1e-3}),
+  ],
+)
+def test_the_metric_is_what_the_step_is_divided_by(name, options):
   # Without momentum u = −α g/d; soft thresholding moves x = p + u by α λ/d.
   params = {'w': jnp.array([[500.0, 4.0, 3.0]])}
   found = gr.find(params, 'w', 'weight')
   moments = {'rmsprop': {}, 'adabelief': {'b1': 0.5}}.get(name, {'b1': 0.0})
-  inner = getattr(optax, name)(0.1, **moments)
-  metric = transforms.metric({'name': name}, 'optimizer')
+  inner = getattr(optax, name)(0.1, **moments, **options)
+  metric = transforms.metric({'name': name, **options}, 'optimizer')
   tx = msp.adaptive_proximal(inner, 'l1', found, 0.1, **metric)
   state, alone = tx.init(params), inner.init(params)
   for scale in (1.0, 0.3, 2.0):
@@ -342,10 +368,14 @@ def test_the_metric_is_what_the_step_is_divided_by(name):
   np.testing.assert_allclose(plain['w'] - updates['w'], 1e-3 / divided, rtol=2e-3)
 
 
-@pytest.mark.parametrize('name', ['lamb', 'contrib.adopt'])
+@pytest.mark.parametrize(
+  'name', ['lamb', 'contrib.adopt', 'contrib.acprop', 'scale_by_learning_rate']
+)
 def test_optimisers_that_only_look_like_adam_are_refused(name):
   with pytest.raises(UserError, match=rf'does not fit {name}; .*metric=euclidean'):
     transforms.metric({'name': name}, 'optimizer')
+  with pytest.raises(UserError, match='does not fit a centered rmsprop'):
+    transforms.metric({'name': 'rmsprop', 'centered': True}, 'optimizer')
 
 
 def transform_cases(found):
@@ -761,3 +791,26 @@ def test_the_survivor_of_a_frozen_layer_is_one_of_the_living(metric):
   updates, _ = tx.update(grads, tx.init(params), params, sparsity=50.0)
   new = optax.apply_updates(params, updates)
   np.testing.assert_array_equal(gr.alive(groups, new)['a/kernel'], [True, False])
+
+
+@pytest.mark.parametrize(
+  ('entry', 'message'),
+  [
+    ({'name': 'adam'}, 'give it an eps_root above 0'),
+    ({'name': 'rmsprop', 'eps_in_sqrt': False}, 'set its eps_in_sqrt'),
+    ({'name': 'adabelief'}, None),  # by its own default
+    ({'name': 'rmsprop'}, None),
+  ],
+)
+def test_what_a_hypergradient_runs_through_has_a_derivative(entry, message):
+  entries = [{**entry, 'learning_rate': 0.1}]
+  transforms.build(entries, 'optimizer')
+  if message:
+    with pytest.raises(UserError, match=message):
+      transforms.build(entries, 'optimizer', differentiated=True)
+    return
+  tx = transforms.build(entries, 'optimizer', differentiated=True)
+  state = tx.init(jnp.zeros(2))
+  step = lambda g: tx.update(g, state, jnp.zeros(2))[0]
+  slope = jax.jvp(step, (jnp.zeros(2),), (jnp.ones(2),))[1]
+  assert jnp.isfinite(slope).all()

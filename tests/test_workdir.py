@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import celeba_meta
 from data import Label
 from msp import groups as gr
 from msp import workdir
@@ -105,7 +106,7 @@ def test_a_damaged_configuration_is_named(tmp_path, content):
 
 def test_an_interrupted_write_leaves_the_old_content(tmp_path):
   path = tmp_path / 'file'
-  workdir.write(path, lambda f: f.write(b'old'))
+  workdir.write(path, b'old')
 
   def fail(f):
     f.write(b'ne')
@@ -162,3 +163,23 @@ def test_predictions_leave_padding_out(tmp_path):
     np.testing.assert_array_equal(saved['prediction/x'], [0.25, 0.5])
     np.testing.assert_array_equal(saved['classes/x'], ['no', 'yes'])
     assert str(saved['kind/x']) == 'attribute'
+
+
+def test_one_process_at_a_time(tmp_path):
+  told = pytest.raises(UserError, match=f'another process is training in {tmp_path}')
+  with workdir.exclusive(tmp_path), told, workdir.exclusive(tmp_path):
+    pass
+  with workdir.exclusive(tmp_path):
+    pass
+
+
+def test_a_directory_tells_its_configuration(tmp_path):
+  made = celeba_meta.get_config('procedural,tiny')
+  workdir.claim(tmp_path, made)
+  read = workdir.configuration(tmp_path)
+  workdir.claim(tmp_path, read)
+  assert read.tasks == made.tasks
+  assert read.optimizer[0].learning_rate.peak_value == 2e-3
+  (tmp_path / 'config.json').write_text('{"name"')
+  with pytest.raises(UserError, match=r'cannot read .*config\.json'):
+    workdir.configuration(tmp_path)

@@ -2,12 +2,14 @@
 
   python launch.py --mode sweep --config configs/sweeps/transfer.py:nyu
   ... transfer.py:nyu,sparse
+  ... transfer.py:nyu,from_camvid
 On stand-ins, small (2 CPU cores, about 2 minutes a run, 14 runs a seed):
   ... transfer.py:nyu,procedural,tiny
 
 The eight corners on one data set; a backbone that is transferred has learned another
-one first (faces for rooms, NYU-v2 for faces, rooms for CamVid) in the same way: single-
-or multi-task, with or without inner steps. 'sparse': λ is learned in all of them.
+one first (faces for rooms, NYU-v2 for faces, rooms for CamVid, or the one named after
+'from_') in the same way: single- or multi-task, with or without inner steps. 'sparse':
+λ is learned in all of them.
 """
 
 from ml_collections import ConfigDict
@@ -18,21 +20,29 @@ FROM = {'nyu': 'celeba', 'celeba': 'nyu', 'camvid': 'nyu'}
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """Options: nyu, celeba or camvid; sparse; then those of the configurations."""
+  """Options: nyu, celeba or camvid; sparse, from_…; those of the configurations."""
   sweep = base.new('transfer', arg)
-  parts = [part for part in arg.split(',') if part != 'sparse']
+  given = arg.split(',')
+  named = [part for part in given if part.startswith('from_')]
+  parts = [part for part in given if part not in ('sparse', *named)]
   target = base.parse(','.join(parts))
-  # CamVid has no stand-in, its source has.
-  stand_in = ['procedural'] if target.name == 'camvid' else []
-  options = [part for part in parts if part != target.name] + stand_in
-  source = base.parse(','.join([FROM[target.name], *dict.fromkeys(options)]))
+  if len(named) > 1:
+    raise ValueError(f'a backbone is transferred from one data set: {", ".join(named)}')
+  (origin,) = [part.removeprefix('from_') for part in named] or [FROM[target.name]]
+  options = {part for part in parts if part != target.name}
+  # CamVid has no stand-in; where it is the target its source has.
+  if target.name == 'camvid':
+    options.add('procedural')
+  if origin == 'camvid':
+    options.discard('procedural')
+  source = base.parse(','.join([origin, *sorted(options)]))
   corners = [(multi, meta) for multi in (False, True) for meta in (False, True)]
 
   def add(setting, prefix, multi, meta, start=''):
     words = 'multi-task' if multi else 'single-task', 'meta' if meta else ''
     name = ', '.join(filter(None, (prefix, *words)))
     tasks = setting.tasks if multi else setting.tasks[:1]
-    changes = base.LEARNED if 'sparse' in arg.split(',') else base.NO_COEFFICIENT
+    changes = base.LEARNED if 'sparse' in given else base.NO_COEFFICIENT
     config = setting.meta() if meta else setting.multitask()
     base.add(sweep, name, config, {'tasks': tasks}, changes, start=start)
     return name

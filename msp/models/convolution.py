@@ -123,7 +123,7 @@ def patch_conv(
   kh, kw, channels, features = kernel.shape
   shifted = _shifts(x, (kh, kw), stride, dilation)
   matrix = kernel.reshape(kh * kw * channels, features)
-  return _matmul(jnp.concatenate(list(shifted), axis=-1), matrix)
+  return _matmul(jnp.concatenate(shifted, axis=-1), matrix)
 
 
 def shift_conv(
@@ -136,11 +136,9 @@ def shift_conv(
   """
   kh, kw, channels, features = kernel.shape
   matrix = jnp.moveaxis(kernel, 2, 0).reshape(channels, kh * kw * features)
-  products = jnp.split(_matmul(x, matrix), kh * kw, axis=-1)
-  y = 0
-  for tap, product in enumerate(products):
-    y += _shifts(_wide(product), (kh, kw), stride, dilation)[tap]
-  return y.astype(x.dtype)
+  shifted = _shifts(_wide(_matmul(x, matrix)), (kh, kw), stride, dilation)
+  taps = [s[..., i * features : (i + 1) * features] for i, s in enumerate(shifted)]
+  return sum(taps).astype(x.dtype)
 
 
 def tap_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:

@@ -39,7 +39,7 @@ class DenseHead(nn.Module):
     outputs: channels of the result.
     features: channels of each branch.
     dropout: multiplier of the dropout rates (0.3); 0 switches dropout off.
-    norm: 'batch' or 'group'.
+    norm: 'batch', 'group' or, of a network made for inference, 'folded'.
     dtype: of the computation; the last layer computes in float32 at least.
     implementation: of the convolutions, 'lax', 'mixed' or 'matmul'.
   """
@@ -53,7 +53,7 @@ class DenseHead(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """Maps features (B, h, w, C) to float32 logits (B, h, w, outputs)."""
+    """Maps features (B, h, w, C) to logits, float32 at least, (B, h, w, outputs)."""
     norm = norm_layer(self.norm, self.dtype)
 
     def layer(x, name, size=1, dilation=1):
@@ -111,7 +111,7 @@ class ClassificationHead(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """Maps features (B, h, w, C) to float32 logits (B, outputs)."""
+    """Maps features (B, h, w, C) to logits, float32 at least, (B, outputs)."""
     x = Conv(
       max(self.features // 4, _MIN_UNITS),
       bias=True,

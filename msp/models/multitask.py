@@ -84,10 +84,10 @@ def build(
   for task, (kind, _) in heads.items():
     _choose(f'head of task {task}', kind, HEADS)
   _require(
-    len(blocks) == 4 and min(blocks) >= 1,
+    len(blocks) == 4 and all(isinstance(n, int) and n >= 1 for n in blocks),
     f'model blocks is {blocks}: give four numbers of at least 1, one per stage',
   )
-  _require(width > 0, f'model width is {width}: give a number above 0')
+  _require(0 < width < math.inf, f'model width is {width}: give a number above 0')
   _require(
     head_features > 0 and head_features % 8 == 0,
     f'model head_features is {head_features}: give a multiple of 8',

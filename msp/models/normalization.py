@@ -71,9 +71,9 @@ def _move(average: jax.Array, value: jax.Array) -> jax.Array:
 def group_count(channels: int) -> int:
   """Number of groups of a group normalisation, gcd(32, channels / 4).
 
-  That is 32 groups from 128 channels on, as in Wu and He (arXiv 1803.08494),
-  and at least four channels a group in narrow layers, so that a group still
-  has a variance when the picture has shrunk to one pixel.
+  That is 32 groups where 128 divides the channels, as in Wu and He (arXiv 1803.08494),
+  and at least four channels a group, so that a group still has a variance when the
+  picture has shrunk to one pixel; other widths get fewer, 132 channels a single one.
 
   Args:
     channels: a multiple of 4, as every width of this project is.

@@ -75,7 +75,7 @@ class Block(nn.Module):
     stride: of the block.
     dilation: of its 3×3 convolutions.
     shortcut: whether the shortcut is a convolution.
-    norm: 'batch' or 'group'.
+    norm: 'batch', 'group' or, of a network made for inference, 'folded'.
     dtype: of the computation.
     implementation: of the convolutions, 'lax', 'mixed' or 'matmul'.
     gathers: convolutions that read some of the channels before them: (name, which).
@@ -139,7 +139,7 @@ class ResNet(nn.Module):
     kind: of the blocks, 'basic' or 'bottleneck'.
     blocks: number of blocks in each of the four stages.
     width: multiplier of all widths, rounded to multiples of 4.
-    norm: 'batch' or 'group'.
+    norm: 'batch', 'group' or, of a network made for inference, 'folded'.
     dtype: of the computation; parameters and norm statistics are float32.
     implementation: of the convolutions, 'lax', 'mixed' or 'matmul'.
     shape: what `msp.compact` has left of it.
