@@ -319,5 +319,5 @@ def test_a_head_of_another_data_set_is_not_taken_over(tmp_path):
     assert any(path.startswith('backbone/') for path in used.params)
     assert tasks(str(tmp_path), data_set) == (list(HEADS) if heads else [])
   (tmp_path / 'config.json').unlink()
-  with pytest.raises(UserError, match='with its config.json'):
+  with pytest.raises(UserError, match=r'with its config\.json'):
     read(str(tmp_path), model, 'camvid')
