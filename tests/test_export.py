@@ -174,9 +174,11 @@ def test_a_folder_of_pictures(network, exported, tmp_path, caplog):
     assert np.abs(difference).max() < 0.6 / 127.5
   with Image.open(target / 'large.png.parts.png') as image:
     assert image.size == (50, 40)
-    upright = np.asarray(image)
-  with Image.open(target / 'turned.png.parts.png') as image:
-    np.testing.assert_array_equal(np.asarray(image), upright)
+  depths = []
+  for name in ('large', 'turned'):
+    with Image.open(target / f'{name}.png.depth.png') as image:
+      depths.append(np.asarray(image))
+  np.testing.assert_array_equal(*depths)
   with (target / 'attributes.csv').open() as file:
     rows = {row['picture']: row['smiling'] for row in csv.DictReader(file)}
   assert len(rows) == 19
