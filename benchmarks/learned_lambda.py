@@ -47,7 +47,15 @@ ROWS = {
     for start in (1e-3, 1e-2, 1e-1, 0.5)
   },
   'meta': (True, {}),
-  'meta holdout': (True, HOLDOUT),
+  # One step ahead, and further: as published, by the gradient through K steps.
+  **{
+    f'holdout K = {steps} from {start:g}': (
+      True,
+      HOLDOUT | {'meta.inner_steps': steps, 'sparsity.start': start},
+    )
+    for steps in (1, 3, 5, 10)
+    for start in (1e-3, 0.5)
+  },
   **{
     f'meta online from {start:g}': (True, ONLINE | {'sparsity.start': start})
     for start in (1e-3, 1e-2, 1e-1, 0.5)

@@ -132,7 +132,7 @@ def adapt(
     sparsity: λ, shape () or one for each entry of the groups; None if `tx` takes
       none.
     unroll: whether the K steps become one straight program. Right for few steps on
-      CPU, where XLA runs convolutions in a loop body 6 to 100 times slower (not so
+      CPU, where XLA runs convolutions in a loop body 7 to 35 times slower (not so
       matrix products); the rolled `lax.scan` compiles in time independent of K.
     again: leaves the derivative of ∇L to JAX, at more time and memory. Needed where
       that of θᴷ is differentiated again, under `jax.vmap` (which `jax.jacfwd` and

@@ -121,11 +121,6 @@ def check(objective: Objective) -> None:
       f'sparsity.tolerance is {objective.tolerance}; the allowed relative increase of '
       f'the loss has to be a number of at least 0'
     )
-  if objective.search < 0:
-    raise UserError(
-      f'sparsity.search gives {objective.search} steps; the share of the steps that '
-      f'only search for λ cannot be below 0'
-    )
 
 
 def check_target(

@@ -14,7 +14,7 @@ import data
 from benchmarks import baselines, learned_lambda
 from configs.sweeps import base
 from data import DataError
-from msp import experiment, sweep, train, workdir
+from msp import experiment, objectives, sweep, train, workdir
 from msp.errors import UserError
 
 FILES = ('less_is_more', 'meta_sparsity', 'missing_labels', 'transfer', 'unseen_tasks')
@@ -359,6 +359,8 @@ def test_every_row_of_the_benchmark_of_learned_λ_is_possible():
   for entry in made.runs:
     config = sweep.configuration(made, entry, 0, Path('w'))
     experiment.build(config, data.labels(config.data.name))
+    if entry.name.startswith(('holdout', 'online', 'meta online')):
+      assert objectives.differentiates(config.sparsity.objective, 1)
   (wide,) = learned_lambda.make('camvid', 'K = 5 from 0.5', 1, width=0.5).runs
   assert wide.config.model.width == 0.5
   assert (wide.config.meta.inner_steps, wide.config.sparsity.start) == (5, 0.5)

@@ -426,6 +426,28 @@ def transform_cases(found):
       )(learning_rate=0.1),
     ),
   )
+  adaptive = lambda learning_rate: msp.adaptive_proximal(
+    optax.adam(learning_rate), 'group_lasso', found, learning_rate
+  )
+  steps = optax.MultiSteps(adaptive(0.1), 2)
+  yield (
+    'adaptive multi_steps',
+    optax.GradientTransformationExtraArgs(steps.init, steps.update),
+  )
+  yield (
+    'adaptive masked',
+    optax.chain(
+      optax.masked(adaptive(0.1), {'backbone': True, 'heads': False}),
+      optax.masked(optax.sgd(0.1), {'backbone': False, 'heads': True}),
+    ),
+  )
+  yield (
+    'adaptive partition',
+    optax.partition(
+      {'b': adaptive(0.1), 'h': optax.adam(0.1)}, {'backbone': 'b', 'heads': 'h'}
+    ),
+  )
+  yield 'adaptive inject', optax.inject_hyperparams(adaptive)(learning_rate=0.1)
 
 
 @pytest.mark.parametrize(
@@ -439,6 +461,10 @@ def transform_cases(found):
     'masked',
     'partition',
     'inject',
+    'adaptive multi_steps',
+    'adaptive masked',
+    'adaptive partition',
+    'adaptive inject',
   ],
 )
 def test_composes_with_optax(name):
