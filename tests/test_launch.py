@@ -3,6 +3,7 @@
 import errno
 import importlib
 import itertools
+import json
 import math
 import resource
 import subprocess
@@ -16,11 +17,12 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 import data
-from configs import common
+from configs import celeba_meta, common
 from data import DataError
-from msp import experiment, run, train, trained
+from msp import experiment, run, train, trained, workdir
 from msp.checkpoint import Checkpoints
 from msp.errors import UserError, one_line
 
@@ -35,15 +37,19 @@ OPTIONS = {
 }
 
 
-def launch(folder, *arguments):
-  """Runs the program in an empty folder; returns its exit code and its messages."""
-  result = subprocess.run(
+def start(folder, *arguments):
+  return subprocess.run(
     [sys.executable, ROOT / 'launch.py', *arguments],
     cwd=folder,
     capture_output=True,
     text=True,
     timeout=120,
   )
+
+
+def launch(folder, *arguments):
+  """Runs the program in an empty folder; returns its exit code and its messages."""
+  result = start(folder, *arguments)
   assert result.stdout == ''
   return result.returncode, result.stderr
 
@@ -75,6 +81,32 @@ def test_a_mistake_in_a_configuration_file_names_its_line(tmp_path, content, exp
   code, messages = launch(tmp_path, '--config=own.py')
   assert last_line(code, messages).endswith(expected)
   assert len(messages.strip().splitlines()) == 1
+
+
+def test_a_run_is_reported_by_its_directory_alone(tmp_path):
+  folder = tmp_path / 'run'
+  workdir.claim(folder, celeba_meta.get_config('procedural,tiny'))
+  row = {'split': 'train', 'step': 5, 'loss': 1.0}
+  (folder / 'metrics.jsonl').write_text(json.dumps(row) + '\n')
+  result = start(tmp_path, '--workdir=run', '--mode=report')
+  assert (result.returncode, result.stderr) == (0, '')
+  assert result.stdout == 'report: run/report/index.html\n'
+  assert (folder / 'report' / 'index.html').exists()
+
+
+def test_a_data_set_is_prepared_and_drawn(tmp_path):
+  result = start(
+    tmp_path,
+    f'--config={ROOT}/configs/celeba_meta.py:procedural,tiny',
+    '--mode=prepare',
+    '--config.data.procedural_images=30',
+    '--config.data.image_size=(16,16)',
+  )
+  assert result.returncode == 0
+  prepared, drawn = result.stdout.splitlines()
+  assert (tmp_path / prepared.removeprefix('prepared: ')).is_dir()
+  with Image.open(tmp_path / drawn.removeprefix('look at it: ')) as picture:
+    assert min(picture.size) > 100
 
 
 def test_out_of_memory_says_what_to_lower(tmp_path):
