@@ -62,9 +62,9 @@ def faces(tmp_path_factory):
   return folder
 
 
-def config(folder, **overrides):
+def config(folder, made=common.celeba, **overrides):
   """A tiny experiment with everything that has a state: λ, dropout, flips."""
-  c = common.celeba()
+  c = made()
   common.learn_coefficient(c)
   c.update_from_flattened_dict(
     {
@@ -1015,3 +1015,30 @@ def test_training_goes_on_from_a_compact_network_and_from_that_run(faces, tmp_pa
   trained.evaluate_run(c, tmp_path / 'second', jax.devices()[:1])
   with pytest.raises(UserError, match='no compact network, work directory'):
     build(c, data.labels(c.data.name))
+
+
+@pytest.mark.slow
+def test_a_run_of_all_dense_tasks_in_half_precision(tmp_path):
+  tasks = ('segmentation', 'depth', 'normals', 'edges')
+  c = config(
+    tmp_path,
+    common.nyud,
+    **{
+      'tasks': tasks,
+      'data.image_size': (24, 32),
+      'model.dtype': 'bfloat16',
+      'meta.inner_steps': 0,
+      'sparsity.objective': 'tolerance',
+      'train.steps': 3,
+    },
+  )
+  page = run(c, tmp_path / 'run')
+  last = rows(tmp_path / 'run')[-1]
+  assert last['split'] == 'test'
+  for name in ('segmentation/miou', 'depth/rmse', 'normals/mean_angle', 'edges/f1'):
+    assert math.isfinite(last[name])
+  assert math.isfinite(last['score'])
+  with np.load(tmp_path / 'run' / 'predictions.npz') as pictures:
+    for task in tasks:
+      assert pictures[f'prediction/{task}'].shape == pictures[f'label/{task}'].shape
+  assert 'Depth: bright is near' in page.read_text()
