@@ -1,6 +1,10 @@
 """What a person is told while a run goes on."""
 
 import logging
+import signal
+
+import numpy as np
+import pytest
 
 from msp import console
 
@@ -18,3 +22,37 @@ def test_the_time_left_knows_nothing_of_compiling(monkeypatch, caplog):
     'step 104/200, 4.00 s/step, 384 s left: loss 1.000, dead groups 25.0 %',
     'step 107/200, 4.00 s/step, 372 s left: loss 1.000, dead groups 25.0 %',
   ]
+
+
+def test_a_line_has_what_matters():
+  metrics = {
+    'loss': np.float32(1.25),
+    'hold_out_loss': np.float32(2.5),
+    'lambda': np.array([1e-3, 3e-3]),
+    'group_sparsity': np.float32(0.125),
+  }
+  wanted = 'loss 1.250, hold-out 2.500, λ 2.00e-03, dead groups 12.5 %'
+  assert console.describe(metrics) == wanted
+
+
+def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys, caplog):
+  now = iter(range(0, 1000, 5))
+  monkeypatch.setattr(console.time, 'monotonic', lambda: next(now))
+  monkeypatch.setattr(console.sys.stderr, 'isatty', lambda: True)
+  with caplog.at_level(logging.INFO), console.Bar(0, 2) as bar:
+    for step in (1, 2):
+      bar.advance(step, {'loss': 1.0, 'group_sparsity': 0.25})
+    bar.say('validation 0.5')
+  shown = capsys.readouterr().err
+  assert 'loss 1.000, dead groups 25.0 %' in shown
+  assert '2/2' in shown
+  assert 'validation 0.5' in shown
+  assert caplog.messages == []
+
+
+def test_asked_once_a_run_ends_its_step_asked_twice_it_stops():
+  with console.Interruption() as interruption:
+    signal.raise_signal(signal.SIGTERM)
+    assert interruption.received == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)

@@ -514,3 +514,34 @@ def test_refusals():
     jax.grad(
       lambda b: jax.tree.leaves(adapt(loss, params, b, optax.sgd(0.1))[0])[0].sum()
     )(batches)
+
+
+@pytest.mark.parametrize('derivative', ['exact', 'exact, again', 'forward'])
+def test_memory_of_a_loop_does_not_grow_with_its_steps(derivative):
+  width, rows = 16, 4096  # activations are larger than parameters, as in a network
+
+  def loss(params, batch):
+    for kernel in params:
+      batch = jnp.tanh(batch @ kernel)
+    return jnp.mean(batch**2), None
+
+  def gradient(params, batches):
+    scaled = lambda p, r: adapt(
+      loss,
+      [jnp.exp(r) * kernel for kernel in p],
+      batches,
+      optax.sgd(0.1),
+      again=derivative != 'exact',
+    )[0]
+    outer = lambda p: jnp.sum(jnp.sin(p[0]))
+    if derivative == 'forward':
+      return hypergradient(outer, scaled, params, jnp.zeros(()), mode='forward')
+    return jax.grad(lambda p: outer(scaled(p, 0.0)))(params)
+
+  def temporaries(steps):
+    params = [jnp.full((width, width), 0.1)] * 4
+    batches = jax.ShapeDtypeStruct((steps, rows, width), jnp.float32)
+    compiled = jax.jit(gradient).lower(params, batches).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporaries(10) < 1.5 * temporaries(1)

@@ -367,3 +367,23 @@ def test_no_text_is_cut_off(tmp_path):
       assert min(drawn.x0, drawn.y0) > -0.01
       assert drawn.x1 < width + 0.01
       assert drawn.y1 < height + 0.01
+
+
+def test_labels_become_colours_by_hand():
+  grey = np.full((1, 2, 3), 255, np.uint8)
+  paint = lambda kind, values, classes=(): figures._PAINT[kind](
+    np.array([values]), grey, classes
+  )[0]
+  # Red is to the right, green up, blue towards the viewer; black has none.
+  right, none = paint('normals', [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+  np.testing.assert_array_equal(right, [1, 0.5, 0.5])
+  np.testing.assert_array_equal(none, 0)
+  near, unmeasured = paint('depth', [0.5, 0.0])
+  assert near.mean() > paint('depth', [9.0, 0.0])[0].mean() > 0
+  np.testing.assert_array_equal(unmeasured, 0)
+  edge, unknown = paint('edges', [1.0, -1.0])
+  np.testing.assert_array_equal(edge, 1)
+  np.testing.assert_array_equal(unknown, 0.5)
+  sky, ignored = paint('segmentation', [0, 255], ('sky', 'road'))
+  np.testing.assert_allclose(ignored, 1)  # white over white
+  np.testing.assert_allclose(sky, 0.35 + 0.65 * np.array(figures.class_colors('ab')[0]))

@@ -25,7 +25,17 @@ from PIL import Image
 
 import data
 from configs import common
-from msp import compact, dataset, losses, train, trained, transforms, workdir, writer
+from msp import (
+  compact,
+  dataset,
+  figures,
+  losses,
+  train,
+  trained,
+  transforms,
+  workdir,
+  writer,
+)
 from msp import groups as gr
 from msp import run as running
 from msp.checkpoint import Checkpoints
@@ -910,9 +920,17 @@ def test_a_process_killed_at_a_random_moment_goes_on_exactly(faces, tmp_path):
   same_run(one, other)
 
 
-def test_a_batch_is_drawn_to_look_at(faces):
+def test_a_batch_is_drawn_to_look_at(faces, monkeypatch):
   c = config(faces, **{'tasks': ('segmentation', 'male', 'smiling')})
+  panels, draw = [], figures.predictions
+  monkeypatch.setattr(
+    figures,
+    'predictions',
+    lambda image, tasks: panels.extend(tasks) or draw(image, tasks),
+  )
   path = dataset.contact_sheet(c)
+  assert [panel.name for panel in panels] == list(c.tasks)
+  assert panels[0].label.shape == (figures.PICTURES, 16, 16)
   assert path == dataset.folders(c)[1] / 'celebamask_hq_16x16.png'
   with Image.open(path) as picture:
     colours = len(np.unique(np.asarray(picture.convert('RGB')).reshape(-1, 3), axis=0))
