@@ -42,4 +42,5 @@ def progress_bar(
       if ended or now - reported >= LOG_EVERY_SECONDS:
         reported = now
         rate = done / max(now - started, 1e-9)
-        logger.info('%s: %d of %d (%.0f/s)', what, done, total, rate)
+        digits = 0 if rate >= 10 else 1
+        logger.info('%s: %d of %d (%.*f/s)', what, done, total, digits, rate)

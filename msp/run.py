@@ -216,7 +216,9 @@ class Run(NamedTuple):
       )
       images = min(c.data.eval_examples or len(source), len(source))
       count_batches = -(-images // c.train.batch_size)
-      shown = progress_bar(batches, count_batches, 'evaluating', processes.is_first())
+      shown = progress_bar(
+        batches, count_batches, 'evaluating batches', processes.is_first()
+      )
       values = evaluate(
         eval_step,
         tasks,

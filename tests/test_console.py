@@ -6,6 +6,7 @@ import signal
 import numpy as np
 import pytest
 
+from data import progress
 from msp import console
 
 
@@ -56,3 +57,19 @@ def test_asked_once_a_run_ends_its_step_asked_twice_it_stops():
     assert interruption.received == signal.SIGTERM
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
+
+
+def test_short_work_shows_no_progress_and_long_work_does(monkeypatch, caplog):
+  now = [0.0]
+  monkeypatch.setattr(progress.time, 'monotonic', lambda: now[0])
+
+  def items(seconds):
+    for item in range(3):
+      now[0] += seconds
+      yield item
+
+  with caplog.at_level(logging.INFO):
+    assert list(progress.progress_bar(items(1), 3, 'short')) == [0, 1, 2]
+    assert caplog.messages == []
+    assert list(progress.progress_bar(items(4), 3, 'long')) == [0, 1, 2]
+  assert caplog.messages == ['long: 2 of 3 (0.2/s)', 'long: 3 of 3 (0.2/s)']
