@@ -150,7 +150,7 @@ def exclusive(workdir: Path) -> Iterator[None]:
   Raises:
     UserError: another process trains in it.
   """
-  with (workdir / '.lock').open('w') as lock:
+  with (workdir / 'lock').open('w') as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

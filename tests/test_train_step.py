@@ -16,7 +16,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import msp
-from configs import celeba_multitask
 from msp import episodes, transforms
 from msp import groups as gr
 from msp import tasks as task_module
@@ -954,50 +953,3 @@ def test_an_image_label_of_255_is_none():
   )
   regions = p.tasks['regions'].loss(logits['regions'], whole['regions'], whole['valid'])
   np.testing.assert_allclose(jit(total)(lacking), smiling + regions, rtol=1e-10)
-
-
-class WideBackbone(nn.Module):
-  """Three convolutions of 32 channels: a share of groups in steps of 1.5 points."""
-
-  @nn.compact
-  def __call__(self, x, train):
-    for i, stride in enumerate((2, 2, 1)):
-      x = nn.Conv(32, (3, 3), stride, use_bias=False, name=f'layer{i}_0')(x)
-      x = nn.softplus(nn.BatchNorm(use_running_average=not train)(x))
-    return x
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(('target', 'start'), [(0.7, 1.0), (0.3, 0.01)])
-def test_a_budget_is_met_by_the_recipe_of_the_configurations(target, start):
-  p = problem(('smiling',))
-  p = p._replace(model=p.model._replace(backbone=WideBackbone()))
-  params, stats = init(p.model)
-  groups = gr.find(params, r'backbone/layer.*kernel')
-  p = p._replace(params=params, stats=stats, groups=groups)
-  config = celeba_multitask.get_config('tiny')
-  config.train.steps, settled = 240, 144
-  rho_optimizer = transforms.build(config.sparsity.optimizers.budget, 'budget')
-  adam = optax.chain(optax.adam(0.01, eps=1e-6), transforms.freeze_dead(groups))
-  outer = msp.adaptive_proximal(
-    adam, 'group_lasso', groups, 0.01, eps=1e-6, min_alive=1
-  )
-  step = p.step(
-    outer,
-    rho_optimizer=rho_optimizer,
-    objective=Objective('budget', target=target, rise=settled),
-    settled=settled,
-  )
-  gradient = jax.grad(lambda q: total_loss(p, q, batch(0, 16), ('smiling',))[0])(params)
-  rho = jnp.log(jnp.asarray(start))
-  state = p.state(
-    outer,
-    rho=rho,
-    lambda_max=gr.lambda_max(groups, gradient)[0],
-    rho_opt_state=rho_optimizer.init(rho),
-    removed_at_start=jnp.zeros(()),
-  )
-  for i in range(config.train.steps):
-    state, _ = step(state, {'query': batch(i % 8, 16)}, jax.random.key(i))
-  dead = gr.sparsity(groups, state.params).groups
-  np.testing.assert_allclose(dead, target, atol=0.02)
