@@ -4,7 +4,7 @@ Full size (the published settings; one accelerator or more):
   python launch.py --config configs/celeba_meta.py \
       --config.data.source=/path/to/CelebAMask-HQ
 On the procedural stand-in, small (2 CPU cores, 2 minutes;
-mIoU 0.76, 43 % of the groups dead):
+mIoU 0.76, 41 % of the groups dead):
   python launch.py --config configs/celeba_meta.py:procedural,tiny
 Variation: seven tasks, two episodes drawn a step:
   ... --config.tasks="('segmentation','male','smiling','arched_eyebrows',\
