@@ -6,7 +6,7 @@ Full size (one accelerator or more):
 With a fixed λ:
   python launch.py --config configs/camvid_multitask.py:fixed
 Small (2 CPU cores, 2 minutes;
-mIoU 0.30):
+mIoU about 0.30):
   python launch.py --config configs/camvid_multitask.py:tiny \
       --config.data.source=/path/to/CamVid
 Variation: segmentation alone: ... --config.tasks="('segmentation',)"

@@ -6,7 +6,7 @@ Dense (the published settings; one accelerator or more):
 With the published fixed λ = 1e-5:
   python launch.py --config configs/celeba_multitask.py:fixed
 On the procedural stand-in, small (2 CPU cores, 2 minutes;
-mIoU 0.79):
+mIoU about 0.79):
   python launch.py --config configs/celeba_multitask.py:procedural,tiny
 Variation: another λ: ...:fixed --config.sparsity.value=1e-4
 """

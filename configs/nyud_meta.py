@@ -2,8 +2,7 @@
 
 Full size (one accelerator or more):
   python launch.py --config configs/nyud_meta.py --config.data.source=/path/to/NYUD_MT
-On the procedural stand-in, small (2 CPU cores, 3 minutes;
-depth RMSE 0.63 m, a third of the groups dead):
+On the procedural stand-in, small (2 CPU cores, 3 minutes):
   python launch.py --config configs/nyud_meta.py:procedural,tiny
 Variation: four tasks, two episodes drawn a step:
   ... --config.tasks="('segmentation','depth','normals','edges')" \

@@ -7,7 +7,7 @@ With the published fixed λ = 1e-6:
   python launch.py --config configs/nyud_multitask.py:fixed \
       --config.data.source=/path/to/NYUD_MT
 On the procedural stand-in, small (2 CPU cores, 2 minutes;
-depth RMSE 0.64 m):
+depth RMSE about 0.64 m):
   python launch.py --config configs/nyud_multitask.py:procedural,tiny
 Variation: two tasks: ... --config.tasks="('segmentation','depth')"
 """

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +19,30 @@ _ORIENTATION = 0x0112  # of EXIF; from 5 on rows are columns
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-  """Keeps other processes waiting until this one is done with a folder."""
-  with (folder / '.lock').open('w') as lock:
+def locked(path: Path, busy: Callable[[], None]) -> Iterator[None]:
+  """Holds a lock file, which the system lets go of when the process ends, however.
+
+  Args:
+    path: of the file; its folder exists.
+    busy: called if another process holds it. If it returns, this one waits.
+  """
+  with path.open('w') as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      logger.info('waiting for another process that is writing to %s', folder)
+      busy()
       fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks
+      pass
     yield
+
+
+def exclusive(folder: Path) -> contextlib.AbstractContextManager[None]:
+  """Keeps other processes waiting until this one is done with a folder."""
+  return locked(
+    folder / '.lock',
+    lambda: logger.info('waiting for another process that is writing to %s', folder),
+  )
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -9,8 +9,9 @@ class UserError(ValueError):
   """A mistake of the user's: one line that says what, where and what to do.
 
   `launch.py` prints the line and exits with 1, as it does for `data.DataError`, a
-  number that is not finite, and what the operating system refuses. Every other
-  exception keeps its traceback, because it is a defect of this program.
+  number that is not finite, a device out of memory, and what the operating system
+  refuses. Every other exception keeps its traceback, because it is a defect of this
+  program.
   """
 
 

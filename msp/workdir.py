@@ -1,7 +1,6 @@
 """The work directory: one run's files, each of them whole or absent."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from data.files import locked
 from msp import groups as gr
 from msp.errors import UserError, naming
 from msp.tasks import Task
@@ -140,27 +140,20 @@ def claim(workdir: Path, config: ConfigDict) -> None:
     raise _unwritable(workdir, e.strerror) from None
 
 
-@contextlib.contextmanager
-def exclusive(workdir: Path) -> Iterator[None]:
+def exclusive(workdir: Path) -> contextlib.AbstractContextManager[None]:
   """Keeps other processes from training in a directory of a run or a sweep.
 
-  Two of them would overwrite each other's log. The system lets go of the lock when the
-  process ends, however it ends.
-
-  Raises:
-    UserError: another process trains in it.
+  Two of them would overwrite each other's log. Entering it raises UserError if another
+  process trains there.
   """
-  with (workdir / 'lock').open('w') as lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise UserError(
-        f'another process is training in {workdir}; wait for its end, or choose '
-        f'another directory with --workdir'
-      ) from None
-    except OSError:  # a file system without locks
-      pass
-    yield
+
+  def refuse():
+    raise UserError(
+      f'another process is training in {workdir}; wait for its end, or choose '
+      f'another directory with --workdir'
+    )
+
+  return locked(workdir / 'lock', refuse)
 
 
 def _resolved(config):
