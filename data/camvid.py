@@ -237,3 +237,6 @@ class Camvid(FileBuilder):
         shape=(len(PRESENCE_CLASSES),), dtype=np.uint8, encoding='bytes'
       ),
     }
+
+
+BUILDER = Camvid

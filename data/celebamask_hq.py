@@ -366,3 +366,6 @@ class CelebamaskHq(FileBuilder):
         shape=(len(ATTRIBUTES),), dtype=np.uint8, encoding='bytes'
       ),
     }
+
+
+BUILDER = CelebamaskHq

@@ -339,3 +339,6 @@ class NyudMt(FileBuilder):
       'normals': tensor(np.float32, 3),
       'edges': tensor(np.uint8),
     }
+
+
+BUILDER = NyudMt

@@ -13,6 +13,7 @@ The temporary folder needs the room of the uncompressed data set.
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import logging
@@ -37,7 +38,7 @@ from data import (
   procedural_rooms,
   stand_in,
 )
-from data.builder import FileBuilder, SizeConfig, size_config
+from data.builder import SizeConfig, size_config
 from data.errors import DataError
 from data.files import exclusive, write_atomically
 from data.labels import Label
@@ -55,11 +56,11 @@ DATA_SETS: dict[str, ModuleType] = {
   'camvid': camvid,
   'nyud_mt': nyud_mt,
 }
-_BUILDERS: dict[str, type[FileBuilder]] = {
-  'celebamask_hq': celebamask_hq.CelebamaskHq,
-  'camvid': camvid.Camvid,
-  'nyud_mt': nyud_mt.NyudMt,
-}
+# What a module of a data set has; `examples/own_data.py` explains each.
+_PARTS = (
+  'LABELS', 'TERMS', 'BUILDER', 'scan', 'files', 'read', 'flip', 'task_labels',
+  'hold_out_mask',
+)  # fmt: skip
 _RENDERERS: dict[str, Callable[..., Path]] = {
   'celebamask_hq': procedural_faces.render_faces,
   'nyud_mt': procedural_rooms.render_rooms,
@@ -67,10 +68,35 @@ _RENDERERS: dict[str, Callable[..., Path]] = {
 
 
 def data_set(name: str) -> ModuleType:
-  """The module of a data set: LABELS, scan, read, flip, task_labels, ..."""
-  if name not in DATA_SETS:
-    raise DataError(f'unknown data set {name!r}, known: {", ".join(DATA_SETS)}')
-  return DATA_SETS[name]
+  """The module of a data set, of this package or one of your own.
+
+  Args:
+    name: a key of `DATA_SETS`, or the name of a module that can be imported
+      ('examples.own_data').
+
+  Returns:
+    A module with `LABELS`, `TERMS`, `BUILDER` and the functions `scan`, `files`,
+    `read`, `flip`, `task_labels` and `hold_out_mask`.
+
+  Raises:
+    DataError: there is none, or it lacks one of these.
+  """
+  if name in DATA_SETS:
+    return DATA_SETS[name]
+  try:
+    module = importlib.import_module(name)
+  except (ImportError, TypeError, ValueError) as error:
+    raise DataError(
+      f'unknown data set {name!r}, known: {", ".join(DATA_SETS)}, and your own by the'
+      f' name of a module ({error})'
+    ) from None
+  missing = [part for part in _PARTS if not hasattr(module, part)]
+  if missing:
+    raise DataError(
+      f'the module {name} is no data set: it has no {", ".join(missing)}; see'
+      ' examples/own_data.py'
+    )
+  return module
 
 
 def labels(name: str) -> dict[str, Label]:
@@ -138,8 +164,7 @@ def prepared_folder(
   name: str, prepared: Path | str, image_size: tuple[int, int]
 ) -> Path:
   """Where the prepared data set is: `prepared`/name/HxW/version."""
-  data_set(name)
-  version = str(_BUILDERS[name].VERSION)
+  version = str(data_set(name).BUILDER.VERSION)
   return Path(prepared) / name / size_config(image_size).name / version
 
 
@@ -315,7 +340,7 @@ class _Preparation:
     """Writes the blocks as ArrayRecord; returns the folder."""
     shutil.rmtree(self.work / 'tfds', ignore_errors=True)
     with _quiet_tfds():
-      builder = _BUILDERS[self.name](
+      builder = data_set(self.name).BUILDER(
         data_dir=self.work / 'tfds',
         config=self.config,
         file_format='array_record',

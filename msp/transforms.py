@@ -10,6 +10,7 @@ params = optax.apply_updates(params, updates)  # dead groups are exactly 0
 
 import inspect
 import math
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -553,8 +554,9 @@ def build(
 
   Args:
     entries: mappings with a `name`, looked up here and then in optax (dotted
-      names such as 'contrib.prodigy' too); the other items are its arguments. A
-      learning_rate that is a mapping names a schedule in the same way.
+      names such as 'contrib.prodigy' too); 'module:function' is one of your own. The
+      other items are its arguments. A learning_rate that is a mapping names a
+      schedule of optax in the same way.
     where: the configuration field, for messages.
     differentiated: whether a hypergradient runs through the updates.
 
@@ -618,7 +620,7 @@ def metric(entry: Mapping[str, Any], where: str) -> dict[str, float]:
     UserError: its step is in another metric than its second moment's.
   """
   name = entry['name']
-  values = _arguments(_find(name), entry) if name in _IN_THE_METRIC else None
+  values = _arguments(_find(name, where), entry) if name in _IN_THE_METRIC else None
   if values is None or values.get('centered'):
     raise UserError(
       f'{where}: the prox in the metric of a second moment does not fit '
@@ -646,24 +648,29 @@ def _call(factory, name, arguments, where):
     ) from None
 
 
-def _find(name):
-  """A function of optax by its name, such as 'contrib.prodigy'; None: there is none."""
-  found: Any = optax
-  for part in name.split('.'):
-    found = getattr(found, part, None)
+def _find(name, where):
+  """A transform by its name in a configuration: see `build`."""
+  found: Any = _OWN.get(name)
+  if isinstance(name, str) and ':' in name:
+    try:
+      found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as e:
+      raise UserError(f'{where}: {name!r} cannot be imported: {words(e)}') from None
+  elif isinstance(name, str) and found is None:
+    found = optax
+    for part in name.split('.'):
+      found = getattr(found, part, None)
+  if not callable(found):
+    raise UserError(
+      f'{where}: unknown transform {name!r}; known are the functions of optax, '
+      f"{', '.join(_OWN)}, and your own as 'module:function'"
+    )
   return found
 
 
 def _resolve(entry, where, differentiated):
   name = entry.pop('name', None)
-  factory: Any = _OWN.get(name)
-  if factory is None and isinstance(name, str):
-    factory = _find(name)
-  if not callable(factory):
-    raise UserError(
-      f'{where}: unknown transform {name!r}; known are the functions of optax '
-      f'and {", ".join(_OWN)}'
-    )
+  factory = _find(name, where)
   if 'learning_rate' in entry:
     entry['learning_rate'] = step_size(entry['learning_rate'], where)
   transform = _call(factory, name, entry, where)
