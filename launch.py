@@ -83,6 +83,7 @@ def main(argv: list[str]) -> None:
       if field not in config:
         raise UserError(f'the configuration has no {field}; see configs/common.py')
     workdir = Path(_WORKDIR.value or Path('runs') / config.name)
+    skip = _SKIP_CORRUPT.value
     if ('runs' in config) != (_MODE.value == 'sweep'):
       raise UserError(
         f'{config.name} is a sweep; start it with --mode sweep'
@@ -90,24 +91,29 @@ def main(argv: list[str]) -> None:
         else f'{config.name} is one run; --mode sweep takes a file of configs/sweeps'
       )
     if _MODE.value == 'prepare':
-      path = dataset.prepare(config, skip_corrupt=_SKIP_CORRUPT.value)
+      path = dataset.prepare(config, skip_corrupt=skip)
       print(f'prepared: {path}\nlook at it: {dataset.contact_sheet(config)}')
     elif _MODE.value == 'report':
       print(f'report: {report.write(workdir)}')
     elif _MODE.value == 'compact':
-      path = trained.compact_run(config, workdir)
+      path = trained.compact_run(config, workdir, skip_corrupt=skip)
       print(f'compact: {path}' if path else 'no dead channel: nothing to remove')
     elif _MODE.value == 'export':
-      print(f'exported: {trained.export_run(config, workdir)}')
+      print(f'exported: {trained.export_run(config, workdir, skip_corrupt=skip)}')
     elif _MODE.value == 'evaluate':
-      trained.evaluate_run(config, workdir)
+      trained.evaluate_run(config, workdir, skip_corrupt=skip)
       print(f'evaluation: {workdir / "evaluation.json"}')
     elif _MODE.value == 'sweep':
-      path = sweep.run(config, workdir, skip_corrupt=_SKIP_CORRUPT.value)
+      path = sweep.run(config, workdir, skip_corrupt=skip)
       print(f'sweep: {path}')
     else:
+      if (
+        jax.config.jax_compilation_cache_dir is None and jax.default_backend() != 'cpu'
+      ):
+        # What takes minutes to compile is there when the run goes on.
+        jax.config.update('jax_compilation_cache_dir', str(workdir / 'compiled'))
       start = train.adapt if _MODE.value == 'adapt' else train.train
-      path = start(config, workdir, skip_corrupt=_SKIP_CORRUPT.value)
+      path = start(config, workdir, skip_corrupt=skip)
       print(f'report: {path}')
   except (UserError, data.DataError, FloatingPointError) as e:
     sys.exit(f'error: {e}')
@@ -117,8 +123,8 @@ def main(argv: list[str]) -> None:
     if 'RESOURCE_EXHAUSTED' in str(e):
       sys.exit(
         f'error: out of memory on {jax.devices()[0].device_kind}: {words(e)[:200]}; '
-        f'lower train.batch_size, data.image_size or model.width, or set '
-        f'model.dtype=bfloat16'
+        f'set model.dtype=bfloat16 or meta.exact=False, or lower train.batch_size, '
+        f'data.image_size or model.width'
       )
     if jax.process_count() > 1:
       sys.exit(f'error: another process stopped, see its message: {words(e)[:200]}')

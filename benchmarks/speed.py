@@ -11,6 +11,7 @@ PyTorch's are as many; PyTorch's sleep while they wait.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import time
@@ -153,11 +154,11 @@ def step(rounds, size=256, batch=2):
   )
   dense, _, _, _ = compiled_step(make_config(size, batch), arrays, False)
   groups = gr.find(holder[0].params)
-  inner = optax.adamw(1e-4, weight_decay=0.1, eps=1e-6, eps_root=1e-16)
+  adamw = functools.partial(optax.adamw, weight_decay=0.1, eps=1e-6, eps_root=1e-16)
   update_of = {
-    'ours: Adam alone': inner,
+    'ours: Adam alone': adamw(1e-4),
     'ours: Adam and prox': msp.adaptive_proximal(
-      inner, 'group_lasso', groups, 1e-4, eps=1e-6, eps_root=1e-16, min_alive=1
+      adamw, 'group_lasso', groups, 1e-4, min_alive=1
     ),
   }
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import scipy.io
@@ -45,10 +46,23 @@ def exclusive(folder: Path) -> contextlib.AbstractContextManager[None]:
   )
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-  """Writes a file that is either complete or absent, whenever it is killed."""
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_bytes(content)
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], Any]) -> None:
+  """Writes a file so that a kill leaves the old content, if any, or the new one.
+
+  Args:
+    path: of the file; its folder exists.
+    content: the bytes, or what writes them to an open file.
+  """
+  temporary = path.with_name(f'.{path.name}.tmp')
+  try:
+    with temporary.open('wb') as f:
+      if callable(content):
+        content(f)
+      else:
+        f.write(content)
+  except OSError:
+    temporary.unlink(missing_ok=True)
+    raise
   os.replace(temporary, path)
 
 

@@ -4,6 +4,7 @@ Flips act on single stored records, everything else on whole batches: labels of 
 tasks, images to float32 in [0, 1].
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,9 @@ from data.preparation import damaged, data_set, prepared_folder, read_summary
 Batch = dict[str, np.ndarray]
 
 # Whole batches in flight; at 256 x 256 and 32 images one takes 25 MB.
-READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+READ_OPTIONS = grain.ReadOptions(
+  num_threads=max(4, min(16, os.cpu_count() or 1)), prefetch_buffer_size=8
+)
 
 
 class Source:
@@ -214,19 +217,17 @@ def eval_batches(
   local_size = _local_batch_size(source, tasks, batch_size, process_count)
   total = len(source) if limit is None else min(limit, len(source))
 
-  def batches():
-    first = process_index * local_size
-    for start in range(first, first + total, batch_size):
-      rows = np.arange(start, start + local_size)
-      valid = rows < total
-      # Padding repeats the last image: any row of the right shape will do.
-      records = [source[row] for row in np.minimum(rows, total - 1)]
-      stacked = {
-        key: np.stack([record[key] for record in records]) for key in records[0]
-      }
-      yield _batch(source.name, stacked, tasks) | {'valid': valid}
+  def batch(start):
+    rows = np.arange(start, start + local_size)
+    valid = rows < total
+    # Padding repeats the last image: any row of the right shape will do.
+    records = [source[row] for row in np.minimum(rows, total - 1)]
+    stacked = {key: np.stack([record[key] for record in records]) for key in records[0]}
+    return _batch(source.name, stacked, tasks) | {'valid': valid}
 
-  return batches()
+  first = process_index * local_size
+  starts = grain.MapDataset.range(first, first + total, batch_size)
+  return iter(starts.map(batch).to_iter_dataset(READ_OPTIONS))
 
 
 # In a record or a batch of them: position of the task without a label, -1: none.

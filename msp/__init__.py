@@ -3,12 +3,15 @@
 from msp import groups, prox
 from msp.adaptation import adapt
 from msp.hypergradient import Solver, hypergradient, implicit, online, zero_tangent
-from msp.transforms import adaptive_proximal, proximal
+from msp.prox import get_penalty
+from msp.transforms import adaptive_proximal, freeze_dead, proximal
 
 __all__ = [
   'Solver',
   'adapt',
   'adaptive_proximal',
+  'freeze_dead',
+  'get_penalty',
   'groups',
   'hypergradient',
   'implicit',

@@ -14,7 +14,9 @@ PyTree = Any
 Loss = Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
 
 
-def gradient(loss: Loss, *, again: bool = False) -> Callable[[PyTree, PyTree], tuple]:
+def gradient(
+  loss: Loss, *, twice_differentiable: bool = False
+) -> Callable[[PyTree, PyTree], tuple]:
   """∇L as a function whose own derivative is one Hessian-vector product.
 
   Differentiating ∇L again, JAX would transpose the whole backward pass
@@ -25,13 +27,13 @@ def gradient(loss: Loss, *, again: bool = False) -> Callable[[PyTree, PyTree], t
 
   Args:
     loss: (params, batch) -> (L, shape (), and any auxiliary tree).
-    again: whether the derivative has to be differentiable too; the symmetry is
-      then left to JAX, at more time and memory.
+    twice_differentiable: whether the derivative has to be differentiable too; the
+      symmetry is then left to JAX, at more time and memory.
 
   Returns:
     (params, batch) -> (L, auxiliary tree, ∇L), differentiable once (or more, with
-    `again`), in forward and reverse mode, with respect to params. The auxiliary
-    tree is constant.
+    `twice_differentiable`), in forward and reverse mode, with respect to params. The
+    auxiliary tree is constant.
 
   Raises:
     TypeError: on differentiation with respect to anything but params.
@@ -41,7 +43,7 @@ def gradient(loss: Loss, *, again: bool = False) -> Callable[[PyTree, PyTree], t
     (value, aux), grads = jax.value_and_grad(fn, has_aux=True)(params, *rest)
     return value, jax.lax.stop_gradient(aux), grads
 
-  if again:
+  if twice_differentiable:
     return functools.partial(value_and_gradient, loss)
 
   def function(params, batch):
@@ -71,7 +73,8 @@ def _rule(loss, evaluate, primals, tangents):
   if not all(map(_is_zero, _leaves(d_rest))):
     raise TypeError(
       'msp.adapt is differentiable in the parameters and the coefficient, not in '
-      'its batches or in what its loss closes over; again=True is in these too'
+      'its batches or in what its loss closes over; with twice_differentiable=True '
+      'it is in these too'
     )
   out = evaluate(*primals)
   value, aux, grads = out
@@ -109,8 +112,10 @@ def adapt(
   tx: optax.GradientTransformation,
   *,
   sparsity: jax.Array | float | None = None,
+  has_aux: bool = False,
+  truncation: int | None = None,
   unroll: bool = False,
-  again: bool = False,
+  twice_differentiable: bool = False,
   **extra_args: Any,
 ) -> tuple[PyTree, PyTree]:
   """θ⁰ → θᴷ: one optimiser step for each of K batches.
@@ -124,27 +129,32 @@ def adapt(
   ∇L of every step.
 
   Args:
-    loss: (params, batch) -> (L, shape (), and any auxiliary tree).
+    loss: (params, batch) -> L, shape (); with `has_aux` (L, any auxiliary tree).
     params: θ⁰.
     batches: tree whose leaves have a leading axis of length K.
     tx: any optax transform. Adam needs eps_root > 0: the derivative of its step
       is NaN where a gradient is 0.
     sparsity: λ, shape () or one for each entry of the groups; None if `tx` takes
       none.
+    has_aux: as of `jax.grad`.
+    truncation: how many of the K steps, the last ones, derivatives see; for them those
+      before count as the identity in θ⁰ and as independent of λ. None: all.
     unroll: whether the K steps become one straight program. Right for few steps on
       CPU, where XLA runs convolutions in a loop body 7 to 35 times slower (not so
       matrix products); the rolled `lax.scan` compiles in time independent of K.
-    again: leaves the derivative of ∇L to JAX, at more time and memory. Needed where
-      that of θᴷ is differentiated again, under `jax.vmap` (which `jax.jacfwd` and
-      `jax.jacrev` use), where λ is inside the loss, as with a ridge penalty, and where
-      ∇L is no gradient, as by a `custom_vjp` that reverses it or lets it straight
-      through: its derivative is taken to be symmetric, and is wrong if it is not.
+    twice_differentiable: leaves the derivative of ∇L to JAX, at more time and memory.
+      Needed where that of θᴷ is differentiated again, under `jax.vmap` (which
+      `jax.jacfwd` and `jax.jacrev` use), where λ is inside the loss, as with a ridge
+      penalty, and where ∇L is no gradient, as by a `custom_vjp` that reverses it or
+      lets it straight through: its derivative is taken to be symmetric, and is wrong
+      if it is not.
     **extra_args: further arguments of the updates of `tx`.
 
   Returns:
-    θᴷ, and (L, auxiliary tree) of every step, with a leading axis of length K.
+    θᴷ, and L or (L, auxiliary tree) of every step, with a leading axis of length K.
   """
-  value_and_gradient = gradient(loss, again=again)
+  with_aux = loss if has_aux else lambda params, batch: (loss(params, batch), None)
+  value_and_gradient = gradient(with_aux, twice_differentiable=twice_differentiable)
   tx = optax.with_extra_args_support(tx)
   extra = extra_args | ({} if sparsity is None else {'sparsity': sparsity})
 
@@ -153,15 +163,30 @@ def adapt(
     value, aux, grads = value_and_gradient(params, batch)
     grads = checkpoint_name(grads, 'inner_gradient')
     updates, opt_state = tx.update(grads, opt_state, params, **extra)
-    return (optax.apply_updates(params, updates), opt_state), (value, aux)
+    logs = (value, aux) if has_aux else value
+    return (optax.apply_updates(params, updates), opt_state), logs
+
+  def run(carry, batches):
+    if unroll and len(jax.tree.leaves(batches)[0]) == 1:
+      # A scan of one step is a loop even when it is unrolled by one.
+      carry, logs = step(carry, jax.tree.map(lambda x: x[0], batches))
+      return carry, jax.tree.map(lambda x: x[None], logs)
+    body = step
+    if not unroll:
+      policy = jax.checkpoint_policies.save_only_these_names('inner_gradient')
+      body = jax.checkpoint(step, policy=policy, prevent_cse=False)
+    return jax.lax.scan(body, carry, batches, unroll=unroll)
 
   carry = params, tx.init(params)
-  if unroll and len(jax.tree.leaves(batches)[0]) == 1:
-    # A scan of one step is a loop even when it is unrolled by one.
-    carry, logs = step(carry, jax.tree.map(lambda x: x[0], batches))
-    return carry[0], jax.tree.map(lambda x: x[None], logs)
-  if not unroll:
-    policy = jax.checkpoint_policies.save_only_these_names('inner_gradient')
-    step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-  carry, logs = jax.lax.scan(step, carry, batches, unroll=unroll)
-  return carry[0], logs
+  early = 0 if truncation is None else len(jax.tree.leaves(batches)[0]) - truncation
+  if early <= 0:
+    (adapted, _), logs = run(carry, batches)
+    return adapted, logs
+  stop = jax.lax.stop_gradient
+  first = jax.tree.map(lambda x: x[:early], batches)
+  last = jax.tree.map(lambda x: x[early:], batches)
+  (reached, opt_state), logs = stop(run(stop(carry), first))
+  # p − stop(p) is 0 with derivative 1.
+  reached = jax.tree.map(lambda r, p: r + (p - stop(p)), reached, params)
+  (adapted, _), later = run((reached, opt_state), last)
+  return adapted, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), logs, later)

@@ -256,7 +256,9 @@ def difference(a: Compact, b: Compact, images: np.ndarray) -> float:
     run = jax.jit(
       lambda p, s, x: multitask.apply(network.model, p, s, x, train=False)[0]
     )
-    return jax.device_get(run(network.params, network.batch_stats, images))
+    # By default an accelerator rounds the factors of float32 products.
+    with jax.default_matmul_precision('highest'):
+      return jax.device_get(run(network.params, network.batch_stats, images))
 
   one, other = outputs(a), outputs(b)
   scale = lambda x: np.maximum(np.abs(x).max(), np.finfo(x.dtype).tiny)

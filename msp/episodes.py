@@ -23,14 +23,14 @@ def subsets(num_tasks: int) -> np.ndarray:
   return rows[order].astype(bool)
 
 
-def draw(key: jax.Array, num_tasks: int, how: str) -> np.ndarray | jax.Array:
+def draw(key: jax.Array, num_tasks: int, how: str | int) -> np.ndarray | jax.Array:
   """The episodes of one step.
 
   Args:
     key: PRNG key.
     num_tasks: T.
     how: 'all' (every non-empty subset), 'full' (one episode with every task), or
-      a number, '2': that many subsets, drawn uniformly and independently.
+      a number, 2 or '2': that many subsets, drawn uniformly and independently.
 
   Returns:
     Bool, shape (episodes, T): on the host for 'all' and 'full'.
@@ -48,7 +48,7 @@ def draw(key: jax.Array, num_tasks: int, how: str) -> np.ndarray | jax.Array:
         f'episodes a step; draw some, for example meta.episodes=2'
       )
     return subsets(num_tasks)
-  if not how.isdecimal() or int(how) < 1:
+  if not str(how).isdecimal() or int(how) < 1:
     raise UserError(
       f'meta.episodes={how!r}: expected all, full or a number of at least 1'
     )

@@ -1,12 +1,12 @@
 """Metrics of a state on a whole split: sums and counts, divided once."""
 
+import collections
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from msp.models import multitask
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 PyTree = Any
 # A metric of 0 is scored as this.
 SMALLEST = 1e-3
+# Batches that the device computes before the host reads what became of the first.
+AHEAD = 2
 
 
 def make_eval_step(
@@ -61,14 +63,14 @@ def make_statistics_step(
   section 3, here with the mean of the variances of batches, as the running averages.)
 
   Returns:
-    A function whose result is a tree as `batch_stats`, of which only shapes count;
-    dropout draws from the key.
+    A function whose result is a tree as `batch_stats`, which change it by rounding
+    only; dropout draws from the key.
   """
 
   def statistics_step(params, batch_stats, image, key):
-    nothing = jax.tree.map(jnp.zeros_like, batch_stats)
-    _, moved = multitask.apply(model, params, nothing, image, train=True, key=key)
-    return jax.tree.map(lambda x: x / (1 - MOMENTUM), moved)
+    _, moved = multitask.apply(model, params, batch_stats, image, train=True, key=key)
+    own = lambda new, old: (new - MOMENTUM * old) / (1 - MOMENTUM)
+    return jax.tree.map(own, moved, batch_stats)
 
   return statistics_step
 
@@ -112,7 +114,12 @@ def evaluate(
     that metres, degrees and shares weigh alike: its differences are mean relative
     changes, as Δm. Undefined metrics are left out.
   """
-  parts = [jax.device_get(eval_step(params, batch_stats, b)) for b in batches]
+  parts, running = [], collections.deque()
+  for batch in batches:
+    running.append(eval_step(params, batch_stats, batch))
+    if len(running) > AHEAD:
+      parts.append(jax.device_get(running.popleft()))
+  parts += jax.device_get(list(running))
   result: dict[str, float] = {}
   primaries = []
   for name, task in tasks.items():

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
 import data
-from msp import dataset, episodes, losses, objectives, transforms
+from msp import dataset, episodes, losses, objectives, optimizers
 from msp import groups as gr
 from msp import initial as initial_module
 from msp import tasks as task_module
@@ -126,24 +125,36 @@ def build(
     objective.kind, len(groups.names)
   )
   online = differentiated and sparsity.hypergradient == 'online'
-  outer = _optimizer(
-    config.optimizer, 'optimizer', penalty, sparsity, groups, sparsity.metric, online
+  with_prox = functools.partial(
+    optimizers.with_prox,
+    penalty=penalty,
+    groups=groups,
+    coefficient=sparsity.coefficient,
+    settles=bool(sparsity.settle),
+    min_alive=sparsity.min_alive,
   )
-  inner = _optimizer(
+  outer = with_prox(
+    config.optimizer, 'optimizer', metric=sparsity.metric, differentiated=online
+  )
+  inner = with_prox(
     config.meta.optimizer,
     'meta.optimizer',
-    penalty,
-    sparsity,
-    groups,
-    'euclidean',
-    differentiated,
+    metric='euclidean',
+    differentiated=differentiated,
   )
-  rho_optimizer = transforms.build(
+  rho_optimizer = optimizers.build(
     sparsity.optimizers[objective.kind], f'sparsity.optimizers.{objective.kind}'
   )
   _check_traced(config, abstract, outer, inner)
-  if differentiated and sparsity.hypergradient == 'implicit':
-    _check_fixed_point(config, abstract, inner)
+  implicit = differentiated and sparsity.hypergradient == 'implicit'
+  if implicit and not optimizers.has_fixed_point(
+    config.meta.optimizer, inner, abstract
+  ):
+    raise UserError(
+      'sparsity.hypergradient=implicit needs inner steps with a fixed point, but '
+      'meta.optimizer has momentum or moments, or a schedule; use plain sgd there, or '
+      'sparsity.hypergradient=forward'
+    )
 
   def init(key, batch, arrays=({}, {})):
     key_params, key_gradient = jax.random.split(key)
@@ -196,6 +207,7 @@ def build(
     episode_draw=config.meta.episodes,
     exact=config.meta.exact,
     objective=objective,
+    learn_on=sparsity.learn_on,
     hypergradient=sparsity.hypergradient,
     truncation=sparsity.truncation,
     solver=Solver(**sparsity.solver),
@@ -408,50 +420,3 @@ def _check_traced(config, params, outer, inner):
   if config.meta.inner_steps:
     jax.eval_shape(inner.init, params)
     episodes.draw(jax.random.key(0), len(config.tasks), config.meta.episodes)
-
-
-def _check_fixed_point(config, params, inner):
-  """Refuses inner optimisers whose step is not one and the same map of θ."""
-  entries = config.meta.optimizer
-  moments = any(
-    jnp.issubdtype(leaf.dtype, jnp.floating)
-    for leaf in jax.tree.leaves(jax.eval_shape(inner.init, params))
-  )
-  scheduled = any(hasattr(entry.get('learning_rate'), 'items') for entry in entries)
-  if moments or scheduled:
-    raise UserError(
-      f'sparsity.hypergradient=implicit needs inner steps with a fixed point, but '
-      f'meta.optimizer has {"a schedule" if scheduled else "momentum or moments"}; use '
-      f'plain sgd there, or sparsity.hypergradient=forward'
-    )
-
-
-def _optimizer(entries, where, penalty, sparsity, groups, metric, differentiated):
-  """The chain that `entries` name, then the prox if there is a λ."""
-  chain = transforms.build(entries, where, differentiated=differentiated)
-  if sparsity.coefficient == 'none':
-    return chain
-  if sparsity.coefficient == 'frozen' or sparsity.settle:
-    chain = optax.chain(chain, transforms.freeze_dead(groups))
-  if sparsity.coefficient == 'frozen':
-    return chain
-  steps = [entry for entry in entries if 'learning_rate' in entry]
-  if not steps:
-    raise UserError(
-      f'{where}: no entry has a learning_rate, which the prox needs as its step size'
-    )
-  step = steps[-1]
-  learning_rate = transforms.step_size(step.learning_rate, where)
-  if metric == 'euclidean':
-    proximal = transforms.proximal(
-      penalty, groups, learning_rate, min_alive=sparsity.min_alive
-    )
-    return optax.chain(chain, proximal)
-  return transforms.adaptive_proximal(
-    chain,
-    penalty,
-    groups,
-    learning_rate,
-    min_alive=sparsity.min_alive,
-    **transforms.metric(step, where),
-  )

@@ -217,7 +217,7 @@ def select(groups: Groups, tree: PyTree) -> dict[str, jax.Array]:
 
 
 def require(groups: Groups, tree: PyTree) -> None:
-  """Raises UserError if `tree` has no leaf of any group: it is another tree."""
+  """Raises UserError if `tree` has no leaf of any group, or a part of coupled ones."""
   named = by_path(tree)
   wanted = {path for m in groups.members for path, _ in m} or set(groups.layers)
   if not wanted & named.keys():
@@ -225,6 +225,13 @@ def require(groups: Groups, tree: PyTree) -> None:
       f'none of the groups is in these parameters: groups of {min(wanted)}, …; '
       f'parameters {", ".join([*named][:3])}, …. Find the groups in this tree'
     )
+  for layer, members in zip(groups.layers, groups.members, strict=False):
+    lacking = [path for path, _ in members if path not in named]
+    if 0 < len(lacking) < len(members):
+      raise UserError(
+        f'of the coupled groups of {layer} these parameters lack {lacking[0]}; a mask '
+        f'or a partition has to keep all of a stream together, or none'
+      )
 
 
 def by_path(tree: PyTree) -> dict[str, jax.Array]:
@@ -342,16 +349,6 @@ def expand(value: jax.Array, x: jax.Array, axis: int | None) -> jax.Array:
   if value.ndim == 0 or axis is None:
     return value if value.ndim else value.reshape((1,) * x.ndim)
   return jnp.expand_dims(value, other_axes(x, axis))
-
-
-def penalty(groups: Groups, params: PyTree) -> jax.Array:
-  """R(θ) = Σ_layers Σ_g √n_g ‖θ_g‖₂, the group lasso; shape ()."""
-  require(groups, params)
-  axis = groups.array_axis
-  return sum(
-    math.sqrt(size(leaf, axis)) * jnp.sum(norms(leaf, axis))
-    for leaf in select(groups, params).values()
-  )
 
 
 def lambda_max(groups: Groups, gradients: PyTree) -> jax.Array:

@@ -87,10 +87,9 @@ def meta_gradients(
   dL_holdout/dρ = (∂θᴷ/∂ρ)ᵀ g_h, by one more pull-back ('reverse': memory grows
   with K) or as ⟨g_h, ∂θᴷ/∂ρ⟩ with the tangent carried forward ('forward': memory
   independent of K, one pass for each entry of ρ; beside an exact gradient in θ⁰, which
-  keeps all steps and has a pull-back already, it is 'reverse'). 'truncated': inner
-  steps are θᴷ = last(inner(θ⁰, ρ), ρ), and derivatives see `last` only (for θ⁰ the
-  steps before it count as the identity). 'implicit': see `implicit`, with `last` one
-  step at θᴷ.
+  keeps all steps and has a pull-back already, it is 'reverse'). 'truncated' is
+  'reverse' through what `inner` lets derivatives see (`msp.adapt` with `truncation`).
+  'implicit': see `implicit`, with `last` one step at θᴷ.
   Query data never reaches ρ, hold-out data never reaches θ⁰. With 'online' no gradient
   in ρ is taken here: `online` pushes its tangent through the whole outer step.
 
@@ -103,7 +102,7 @@ def meta_gradients(
     exact: whether the derivative in θ⁰ runs through the inner steps.
     mode: 'reverse' | 'forward' | 'truncated' | 'implicit', for ρ; 'online' or None:
       the hold-out loss only.
-    last: of 'truncated' and 'implicit': (θ, ρ) -> (θ, auxiliary tree).
+    last: of 'implicit': (θ, ρ) -> (θ, auxiliary tree).
     solver: of 'implicit'.
 
   Returns:
@@ -112,10 +111,8 @@ def meta_gradients(
   Raises:
     UserError: unknown mode or solver; `last` is missing.
   """
-  _check(mode, (*MODES, None), last, solver)
-  if mode == 'truncated':
-    inner, mode = _truncated(inner, last), 'reverse'
-  if exact and mode == 'forward':
+  _check(mode, (*MODES, None), last, solver, needs_last=('implicit',))
+  if mode == 'truncated' or (exact and mode == 'forward'):
     mode = 'reverse'
   forward = hold_out_loss is not None and mode == 'forward'
   reverse = hold_out_loss is not None and mode == 'reverse'
@@ -172,8 +169,9 @@ def hypergradient(
       forward pass for each entry of ρ, memory independent of K), 'truncated'
       (backward through `last` only) or 'implicit' (see `implicit`).
     last: of 'truncated', the last steps: θᴷ = last(inner(θ⁰, ρ), ρ), where an
-      optimiser with a state (momentum, a schedule) begins anew; of 'implicit', the map
-      whose fixed point `inner` has found.
+      optimiser with a state (momentum, a schedule) begins anew (not so in 'reverse'
+      through `msp.adapt` with `truncation`); of 'implicit', the map whose fixed point
+      `inner` has found.
     solver: of 'implicit'.
 
   Returns:
@@ -186,7 +184,7 @@ def hypergradient(
     raise UserError(
       "hypergradient 'online' carries a tangent from step to step: use msp.online"
     )
-  _check(mode, THROUGH_INNER, last, solver)
+  _check(mode, THROUGH_INNER, last, solver, needs_last=('truncated', 'implicit'))
   rho = jnp.asarray(rho)
   if mode == 'truncated':
     start = jax.lax.stop_gradient(inner(params, rho))
@@ -280,9 +278,9 @@ def zero_tangent(state: PyTree, rho: jax.Array) -> PyTree:
     Tree of `state` in which a float leaf of shape s has become zeros of shape
     (n, *s), n = 1 for a scalar ρ; other leaves (counters) are None.
   """
+  size = jnp.size(rho)
   return jax.tree.map(
-    lambda x: jnp.zeros((rho.size, *x.shape), x.dtype) if _is_float(x) else None,
-    state,
+    lambda x: jnp.zeros((size, *x.shape), x.dtype) if _is_float(x) else None, state
   )
 
 
@@ -321,6 +319,7 @@ def online(
   Returns:
     s'; L, shape (); the auxiliary tree; dL/dρ, shape of ρ; z'.
   """
+  rho = jnp.asarray(rho)
   leaves, structure = jax.tree.flatten(state)
   is_float = [_is_float(x) for x in leaves]
 
@@ -367,12 +366,12 @@ def _is_float(x):
   return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _check(mode, known, last, solver):
+def _check(mode, known, last, solver, needs_last):
   if mode not in known:
     raise UserError(
       f'unknown hypergradient {mode!r}; known: {", ".join(filter(None, known))}'
     )
-  if mode in ('truncated', 'implicit') and last is None:
+  if mode in needs_last and last is None:
     raise UserError(f'hypergradient {mode!r} needs `last`')
   _check_solver(solver)
 
@@ -382,19 +381,6 @@ def _check_solver(solver):
     raise UserError(f'solver is {solver!r}; give an msp.Solver')
   if solver.name not in SOLVERS:
     raise UserError(f'unknown solver {solver.name!r}; known: {", ".join(SOLVERS)}')
-
-
-def _truncated(inner, last):
-  """`last` after `inner`, of which only last is differentiated."""
-
-  def both(params, rho):
-    early, logs = jax.lax.stop_gradient(inner(params, rho))
-    # Earlier steps count as the identity: p − stop(p) is 0 with derivative 1.
-    early = jax.tree.map(lambda e, p: e + (p - jax.lax.stop_gradient(p)), early, params)
-    adapted, later = last(early, rho)
-    return adapted, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), logs, later)
-
-  return both
 
 
 def _tangents(function, rho):

@@ -70,7 +70,8 @@ def l1_weighted(
   axis: int | None = None,
 ) -> jax.Array:
   """argmin_z ½(z − x)ᵀD(z − x) + Σ_i t_i |z_i|, D = diag(metric) > 0."""
-  t = gr.expand(jnp.asarray(threshold, x.dtype), x, axis)
+  t = jnp.asarray(threshold, x.dtype)
+  t = gr.expand(t, x, axis if t.ndim == 1 else None)
   return l1(x, jnp.broadcast_to(t, x.shape) / metric)
 
 
@@ -102,10 +103,16 @@ def group_lasso_weighted(
   if not kernels:
     return x
   metrics, thresholds = map(tree.flatten_up_to, (metric, threshold))
-  problems = list(zip(kernels, metrics, thresholds, strict=True))
+  # Squares of half precision overflow and vanish, and its last digit is no tolerance.
+  wide = lambda a: jnp.asarray(a, jnp.promote_types(jnp.result_type(a), jnp.float32))
+  problems = [
+    tuple(map(wide, p)) for p in zip(kernels, metrics, thresholds, strict=True)
+  ]
   if jax.default_backend() == 'cpu':
-    return tree.unflatten(_group_lasso_weighted([p], axis)[0] for p in problems)
-  return tree.unflatten(_group_lasso_weighted(problems, axis))
+    solved = [_group_lasso_weighted([p], axis)[0] for p in problems]
+  else:
+    solved = _group_lasso_weighted(problems, axis)
+  return tree.unflatten(z.astype(x.dtype) for z, x in zip(solved, kernels, strict=True))
 
 
 def _group_lasso_weighted(problems, axis):
@@ -258,7 +265,7 @@ def group_mcp(
     x: kernel, shape (..., in, out), float.
     threshold: t = αλ√n_g ≥ 0, shape () or one for each group.
     axis: the axis that counts groups, or None for single weights.
-    step: α.
+    step: α. From γ on the result is NaN.
     gamma: γ > α, in units of weights over gradients: groups above γλ√n_g are free.
 
   Returns:
@@ -266,9 +273,9 @@ def group_mcp(
   """
   r = gr.expand(gr.norms(x, axis), x, axis)
   t = gr.expand(jnp.asarray(threshold, x.dtype), x, axis)
-  step = jnp.asarray(step, x.dtype)
+  step = _in_range(jnp.asarray(step, x.dtype), gamma)
   scale = _shrink(r, r - t) / (1 - step / gamma)
-  shrunk = (t > 0) & (step * r <= gamma * t)
+  shrunk = (t > 0) & ~(step * r > gamma * t)
   return jnp.where(shrunk | jnp.isnan(t), x * scale, x)
 
 
@@ -291,7 +298,7 @@ def group_scad(
     x: kernel, shape (..., in, out), float.
     threshold: t = αλ√n_g ≥ 0, shape () or one for each group.
     axis: the axis that counts groups, or None for single weights.
-    step: α.
+    step: α. From a − 1 on the result is NaN.
     a: knot in units of w, > 1 + α.
 
   Returns:
@@ -299,11 +306,16 @@ def group_scad(
   """
   r = gr.expand(gr.norms(x, axis), x, axis)
   t = gr.expand(jnp.asarray(threshold, x.dtype), x, axis)
-  step = jnp.asarray(step, x.dtype)
+  step = _in_range(jnp.asarray(step, x.dtype), a - 1)
   middle = ((a - 1) * r - a * t) / (a - 1 - step)
   norm = jnp.where(step * r <= t * (1 + step), r - t, middle)
-  shrunk = (t > 0) & (step * r <= a * t)
+  shrunk = (t > 0) & ~(step * r > a * t)
   return jnp.where(shrunk | jnp.isnan(t), x * _shrink(r, norm), x)
+
+
+def _in_range(step, bound):
+  """α; NaN where the problem has several minima, so that it is seen at once."""
+  return jnp.where(step < bound, step, jnp.nan)
 
 
 def _shrink(r, norm):

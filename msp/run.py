@@ -50,10 +50,10 @@ class Feed(NamedTuple):
     batch = next(self.streams['all' if settled else 'train'])
     parts = {'query': batch}
     if self.inner_steps:
-      half = len(batch['image']) // 2
+      # Every other one: the same images whatever number of processes reads them.
       parts = {
-        'support': {name: x[:half] for name, x in batch.items()},
-        'query': {name: x[half:] for name, x in batch.items()},
+        part: {name: x[start::2] for name, x in batch.items()}
+        for start, part in enumerate(('support', 'query'))
       }
     if 'hold_out' in self.streams and not settled:
       parts['hold_out'] = next(self.streams['hold_out'])
@@ -94,11 +94,11 @@ class Run(NamedTuple):
     """A copy on every device: states and metrics."""
     return NamedSharding(self.mesh, PartitionSpec())
 
-  def _stream(self, source, **options):
+  def _stream(self, source, tasks, **options):
     """An endless stream of a part of the data, at its beginning."""
     return data.train_iterator(
       source,
-      self.config.tasks,
+      tasks,
       flip=self.config.data.flip,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -110,6 +110,7 @@ class Run(NamedTuple):
     c = self.config
     training = functools.partial(
       self._stream,
+      tasks=c.tasks,
       batch_size=c.train.batch_size,
       seed=c.seed,  # an image lacks the same label in every stream
       missing=c.data.missing,
@@ -171,24 +172,29 @@ class Run(NamedTuple):
     time; see `msp.evaluate.make_statistics_step`. Make it once, as `evaluator`.
     """
     c, count = self.config, self.config.train.statistics_batches
-    statistics_step = make_statistics_step(self.experiment.model)
-
-    def add(total, params, image, key):
-      one = statistics_step(params, total, image, key)
-      return jax.tree.map(lambda t, x: t + x / count, total, one)
-
-    add = jax.jit(add, donate_argnums=0, out_shardings=self.replicated)
+    own = jax.jit(
+      make_statistics_step(self.experiment.model), out_shardings=self.replicated
+    )
+    add = jax.jit(
+      lambda total, one: jax.tree.map(lambda t, x: t + x / count, total, one),
+      donate_argnums=0,
+      out_shardings=self.replicated,
+    )
 
     def with_statistics(state):
       if not count or not jax.tree.leaves(state.batch_stats):
         return state
       nothing = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.batch_stats)
-      total = jax.device_put(nothing, self.replicated)
-      seed = c.seed + 2
-      stream = self._stream(self.splits.train, batch_size=c.train.batch_size, seed=seed)
+      total, near = jax.device_put((nothing, nothing), self.replicated)
+      seed, size = c.seed + 2, c.train.batch_size
+      stream = self._stream(self.splits.train, (), batch_size=size, seed=seed)
       for number, batch in enumerate(itertools.islice(stream, count)):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        total = add(total, state.params, put(batch['image'], self.sharded), key)
+        image = put(batch['image'], self.sharded)
+        if not number:
+          # Not those of `state`: the result would depend on them, by rounding.
+          near = own(state.params, near, image, key)
+        total = add(total, own(state.params, near, image, key))
       return state._replace(batch_stats=total)
 
     return with_statistics
@@ -298,6 +304,13 @@ def open_run(
   own = parts.train if config.sparsity.learn_on == 'query' else parts.hold_out
   hold_out_images = 1 if own is None else len(own)
   experiment = build(config, labels, hold_out_images, workdir)
+  logger.info(
+    'on %d × %s, %d process(es); computing in %s',
+    len(devices),
+    devices[0].device_kind,
+    jax.process_count(),
+    config.model.dtype,
+  )
   logger.info(
     'groups: %d kernels match %r',
     len(experiment.groups.layers),

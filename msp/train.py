@@ -29,6 +29,10 @@ from msp.writer import MetricWriter, SilentWriter
 
 logger = logging.getLogger(__name__)
 
+# Steps after which several processes ask each other whether to stop: of a preempted
+# machine there is half a minute left, and a step may take a second.
+ASK_EVERY = 5
+
 PyTree = Any
 
 
@@ -189,6 +193,7 @@ def _loop(run, state, progress, feed, evaluate, checkpoints, writer):
     scored_from = experiment.settled or (experiment.objective.rise if budget else 0)
 
   def record(step, metrics):
+    metrics = jax.device_get(metrics)  # at once: each by itself would wait
     starved = monitor.check(step, metrics)
     bar.advance(step, metrics)
     if step % c.log_every == 0:
@@ -226,7 +231,7 @@ def _loop(run, state, progress, feed, evaluate, checkpoints, writer):
       received = interruption.received
       if jax.process_count() > 1:
         # All have to stop after the same step, and asking takes time.
-        asking = evaluating or step % c.log_every == 0
+        asking = evaluating or step % ASK_EVERY == 0
         received = processes.agreed(received) if asking else 0
       if evaluating or received:
         starved |= record(*pending)

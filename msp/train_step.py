@@ -99,6 +99,7 @@ def make_train_step(
   exact: bool = True,
   rho_optimizer: optax.GradientTransformation | None = None,
   objective: objectives.Objective = objectives.HOLDOUT,
+  learn_on: str = 'hold_out',
   hypergradient: str = 'forward',
   truncation: int = 1,
   solver: Solver = CG,
@@ -131,6 +132,7 @@ def make_train_step(
     rho_optimizer: of ρ; None keeps ρ as it is.
     objective: what ρ is learned for. With 'tolerance' and 'budget' a scalar ρ
       needs no hypergradient, and none is computed.
+    learn_on: the part of `batches` that ρ is learned on; 'query' is what θ⁰ sees.
     hypergradient: 'online' | 'forward' | 'reverse' | 'truncated' | 'implicit'; see
       `msp.hypergradient`. Only 'online' learns λ without inner steps; it needs
       `state.tangent`.
@@ -145,11 +147,10 @@ def make_train_step(
     unroll: inner steps and episodes as one straight program (CPU) or as loops.
 
   Returns:
-    The step. `batches` has 'query', with K > 0 'support', and 'hold_out' if ρ is
-    learned on data of its own; without it ρ is learned on the query batch. Metrics are
-    scalars but for 'alive', shape (layers,), int32, and 'lambda', 'lambda_relative'
-    (λ/λ_max) and 'hypergradient', of ρ's shape. λ is that of ρ, also where a budget is
-    met and the step makes no use of it.
+    The step. `batches` has 'query', with K > 0 'support', and `learn_on` if ρ is
+    learned on data. Metrics are scalars but for 'alive', shape (layers,), int32, and
+    'lambda', 'lambda_relative' (λ/λ_max) and 'hypergradient', of ρ's shape. λ is that
+    of ρ, also where a budget is met and the step makes no use of it.
     'violation' is what drives ρ under a constraint (> 0: λ too large), and goes to
     rho_optimizer as a further argument; 'gap/<task>'
     and 'gap_allowed/<task>' the hold-out loss against the twin's and its bound,
@@ -163,6 +164,7 @@ def make_train_step(
     objective.kind, len(groups.names)
   )
   learns_online = differentiates and hypergradient == 'online'
+  truncated = differentiates and hypergradient == 'truncated'
 
   def loss(params, batch_and_key, batch_stats, present):
     batch, key = batch_and_key
@@ -178,40 +180,35 @@ def make_train_step(
     keys = jax.random.split(key, inner_steps + 2)
     at = lambda params, batch: loss(params, batch, state.batch_stats, present)
 
-    def inner_loop(params, rho, start=0, stop=inner_steps):
+    def inner_loop(params, rho, start=0):
       if not inner_steps:
         return params, None
       return adapt(
         lambda params, key: at(params, (batches['support'], key)),
         params,
-        keys[start:stop],
+        keys[start:inner_steps],
         inner,
         sparsity=coefficient(rho, state.lambda_max),
+        has_aux=True,
+        truncation=truncation if truncated else None,
         unroll=unroll,
         # The exact gradient holds a derivative already, which `online` takes again.
-        again=exact and learns_online,
+        twice_differentiable=exact and learns_online,
         **extra,
       )
 
     hold_out = None
     if differentiates:
-      hold_out = lambda params: at(params, (_hold_out(batches), keys[-2]))
-    first_loop, last = inner_loop, None
-    if differentiates and hypergradient == 'truncated':
-      early = inner_steps - truncation
-      first_loop = lambda params, rho: inner_loop(params, rho, 0, early)
-      last = lambda params, rho: inner_loop(params, rho, early, inner_steps)
-    elif differentiates and hypergradient == 'implicit':
-      last = lambda params, rho: inner_loop(params, rho, inner_steps - 1, inner_steps)
+      hold_out = lambda params: at(params, (batches[learn_on], keys[-2]))
     gradients = meta_gradients(
-      first_loop,
+      inner_loop,
       lambda params: at(params, (batches['query'], keys[-1])),
       hold_out,
       state.params,
       state.rho,
       exact=exact and inner_steps > 0,
       mode=hypergradient if differentiates else None,
-      last=last,
+      last=lambda params, rho: inner_loop(params, rho, inner_steps - 1),
       solver=solver,
     )
     query_loss, (values, query_stats) = gradients.query
@@ -320,7 +317,7 @@ def make_train_step(
       # θ⁰ against θ⁰: that is what is kept and evaluated, and inner steps can make up
       # for almost anything that λ does to it.
       compared = lambda params, stats: loss(
-        params, (_hold_out(batches), key_compare), stats, None
+        params, (batches[learn_on], key_compare), stats, None
       )
       hold_out_loss, (sparse, _) = compared(state.params, state.batch_stats)
       _, (dense, _) = compared(twin.params, twin.batch_stats)
@@ -404,11 +401,6 @@ def make_train_step(
     return new_state, metrics
 
   return train_step
-
-
-def _hold_out(batches):
-  """What λ is learned on."""
-  return batches.get('hold_out', batches['query'])
 
 
 def _merge_stats(old, new, present):

@@ -26,7 +26,11 @@ LOSSLESS = 1e-4  # difference of two of them, relative, that is rounding
 
 
 def evaluate_run(
-  config: ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None = None
+  config: ConfigDict,
+  workdir: Path,
+  devices: Sequence[jax.Device] | None = None,
+  *,
+  skip_corrupt: bool = False,
 ) -> dict[str, dict]:
   """Metrics of a run's latest checkpoint on val and test, also as evaluation.json.
 
@@ -34,6 +38,7 @@ def evaluate_run(
     config: the run's own.
     workdir: of the run.
     devices: those to use, all by default.
+    skip_corrupt: see `msp.dataset.prepare`.
 
   Returns:
     split -> metrics; see `msp.evaluate.evaluate`.
@@ -41,7 +46,7 @@ def evaluate_run(
   Raises:
     UserError: no checkpoint, or one of another configuration.
   """
-  run, state, latest = _trained(config, workdir, devices)
+  run, state, latest = _trained(config, workdir, devices, skip_corrupt)
   evaluate = run.evaluator()
   result = {}
   for split in ('val', 'test'):
@@ -55,7 +60,11 @@ def evaluate_run(
 
 
 def compact_run(
-  config: ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None = None
+  config: ConfigDict,
+  workdir: Path,
+  devices: Sequence[jax.Device] | None = None,
+  *,
+  skip_corrupt: bool = False,
 ) -> Path | None:
   """Removes the dead channels of a run's latest checkpoint, and measures what is left.
 
@@ -67,6 +76,7 @@ def compact_run(
     config: the run's own.
     workdir: of the run.
     devices: those to use, all by default.
+    skip_corrupt: see `msp.dataset.prepare`.
 
   Returns:
     Path of compact.md; None if no channel is dead, and nothing has been written.
@@ -75,7 +85,7 @@ def compact_run(
     UserError: no checkpoint, one of another configuration, or one that cuts the
       network.
   """
-  run, state, latest = _trained(config, workdir, devices)
+  run, state, latest = _trained(config, workdir, devices, skip_corrupt)
   model = run.experiment.model
   dense = compact.Compact(model, *jax.device_get((state.params, state.batch_stats)))
   result = compact.compact(*dense)
@@ -121,7 +131,11 @@ def compact_run(
 
 
 def export_run(
-  config: ConfigDict, workdir: Path, devices: Sequence[jax.Device] | None = None
+  config: ConfigDict,
+  workdir: Path,
+  devices: Sequence[jax.Device] | None = None,
+  *,
+  skip_corrupt: bool = False,
 ) -> Path:
   """Exports a run's latest checkpoint, compacted and its batch norms folded.
 
@@ -133,6 +147,7 @@ def export_run(
     config: the run's own.
     workdir: of the run.
     devices: those to use, all by default.
+    skip_corrupt: see `msp.dataset.prepare`.
 
   Returns:
     Path of model.stablehlo.
@@ -141,7 +156,7 @@ def export_run(
     UserError: no checkpoint, one of another configuration, or one that cuts the
       network.
   """
-  run, state, latest = _trained(config, workdir, devices)
+  run, state, latest = _trained(config, workdir, devices, skip_corrupt)
   tasks, shape = run.experiment.tasks, (*config.data.image_size, 3)
   values = run.evaluator()(state, run.splits.test)
   network = compact.Compact(
@@ -213,7 +228,7 @@ def _export_onnx(predict, shape, images):
   return content
 
 
-def _trained(config, workdir, devices) -> tuple[Run, TrainState, int]:
+def _trained(config, workdir, devices, skip_corrupt) -> tuple[Run, TrainState, int]:
   """The run of a work directory, its latest state, and the step of that."""
   if not (workdir / 'checkpoints').is_dir():
     raise UserError(
@@ -221,7 +236,7 @@ def _trained(config, workdir, devices) -> tuple[Run, TrainState, int]:
       f'directory of a run with --workdir'
     )
   workdir_module.check(workdir, config)
-  run = open_run(config, devices, workdir)
+  run = open_run(config, devices, workdir, skip_corrupt=skip_corrupt)
   with Checkpoints(workdir, read_only=True) as checkpoints:
     latest = run.newest(checkpoints)
   if latest is None:

@@ -2,24 +2,25 @@
 
 tx = optax.chain(
   optax.clip_by_global_norm(1.0),
-  msp.adaptive_proximal(optax.adamw(lr), 'group_lasso', groups, learning_rate=lr),
+  msp.adaptive_proximal(optax.adamw, 'group_lasso', groups, learning_rate=lr),
 )
 updates, state = tx.update(grads, state, params, sparsity=lam)
 params = optax.apply_updates(params, updates)  # dead groups are exactly 0
 """
 
+import functools
 import inspect
 import math
-import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from msp import groups as gr
-from msp.errors import UserError, words
+from msp.errors import UserError
 from msp.prox import Penalty, get_penalty
 
 # The survival floor: root mean square of a protected group's weights.
@@ -75,7 +76,7 @@ def proximal(
 
   Raises:
     UserError: unknown penalty; a step that is too large for a concave one (a
-      schedule is looked at in steps 0, 1, 10, …, 10⁶); on `init`, parameters that hold
+      schedule is looked at in 1,500 steps up to 10⁶); on `init`, parameters that hold
       none of the groups.
   """
   kind = get_penalty(penalty) if isinstance(penalty, str) else penalty
@@ -105,14 +106,14 @@ def proximal(
 
 
 def adaptive_proximal(
-  inner: optax.GradientTransformation,
+  inner: Callable[..., optax.GradientTransformation] | optax.GradientTransformation,
   penalty: str | Penalty,
   groups: gr.Groups,
   learning_rate: optax.ScalarOrSchedule,
   *,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  eps_root: float = 0.0,
+  b2: float | None = None,
+  eps: float | None = None,
+  eps_root: float | None = None,
   sparsity: optax.ScalarOrSchedule | None = None,
   min_alive: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -126,18 +127,20 @@ def adaptive_proximal(
   2102.03869; D is corrected as the step is.)
 
   Args:
-    inner: an optax transform whose step is in that metric: adam, adamw, nadam,
-      nadamw, adabelief, yogi, rmsprop. Others keep the same state and step in
-      another metric, which cannot be seen from here: adamax, radam, lamb, adopt. It
-      gets what further arguments `update` is given, `sparsity` included.
+    inner: an optimiser of optax whose step is in that metric: adam, adamw, nadam,
+      nadamw, adabelief, yogi or rmsprop, with options as
+      `functools.partial(optax.adamw, weight_decay=0.1)`. It is called with
+      `learning_rate`, and D is read from its arguments. Or a transform that has been
+      made, such as a chain, with b2, eps and eps_root as it has them: they cannot be
+      seen from here, nor that it steps in another metric (adamax, radam, lamb, adopt).
+      It gets what further arguments `update` is given, `sparsity` included.
     penalty: see `proximal`.
     groups: which leaves, and along which axis.
-    learning_rate: α of `inner`, or a schedule.
-    b2: decay of the second moment; as given to `inner`.
-    eps: as given to `inner`. A group without gradient survives while the root
-      mean square of its weights exceeds αλ/eps.
-    eps_root: as given to `inner`; > 0 if the step is differentiated. `optax.rmsprop`
-      adds its eps inside the root: eps_root is that one, and eps = 0.
+    learning_rate: α, a number or a schedule; that of `inner`.
+    b2: decay of the second moment.
+    eps: added to the root. A group without gradient survives while the root mean
+      square of its weights exceeds αλ/eps.
+    eps_root: added inside the root; > 0 if the step is differentiated.
     sparsity: see `proximal`.
     min_alive: see `proximal`.
 
@@ -145,11 +148,30 @@ def adaptive_proximal(
     A transform; `update` needs `params`, and takes the keyword `sparsity`.
 
   Raises:
-    UserError: on `init`, if `inner` keeps no second moment of this kind, or several,
-      or not of all the groups; if the parameters hold none of them.
+    UserError: an optimiser of another metric; b2, eps and eps_root missing beside a
+      transform, or given beside an optimiser; on `init`, if `inner` keeps no second
+      moment of this kind, or several, or not of all the groups; if the parameters hold
+      none of them.
   """
   kind = get_penalty(penalty) if isinstance(penalty, str) else penalty
   axis = groups.array_axis
+  given = {'b2': b2, 'eps': eps, 'eps_root': eps_root}
+  if isinstance(inner, optax.GradientTransformation):
+    lacking = [name for name, value in given.items() if value is None]
+    if lacking:
+      raise UserError(
+        f'adaptive_proximal cannot see {", ".join(lacking)} of a transform that has '
+        f'been made: give them, or the optimiser itself (optax.adamw, or '
+        f'functools.partial of it) with its learning rate'
+      )
+  else:
+    if any(value is not None for value in given.values()):
+      raise UserError(
+        'adaptive_proximal reads b2, eps and eps_root from its optimiser: give them to '
+        'that, by functools.partial'
+      )
+    b2, eps, eps_root = metric_of(inner)
+    inner = inner(learning_rate)
   inner = optax.with_extra_args_support(inner)
 
   def init(params):
@@ -259,13 +281,17 @@ def _coefficient(given, default, count):
 
 
 def _check_step(penalty, learning_rate):
-  steps = [learning_rate]
+  # A traced one, as by inject_hyperparams, cannot be looked at: its prox is NaN.
+  if penalty.max_step == math.inf or isinstance(learning_rate, jax.core.Tracer):
+    return
+  steps = learning_rate
   if _is_schedule(learning_rate):
+    counts = np.unique(np.geomspace(1, 1e6, 2000).astype(np.int32))
     with jax.ensure_compile_time_eval():  # also where the transform is made in a jit
-      steps = [learning_rate(count) for count in (0, *(10**n for n in range(7)))]
-  # A traced one, as by inject_hyperparams, cannot be looked at.
-  known = [float(step) for step in steps if not isinstance(step, jax.core.Tracer)]
-  largest = max(known, default=0.0)
+      steps = jax.vmap(learning_rate)(jnp.asarray([0, *counts]))
+    if isinstance(steps, jax.core.Tracer):  # of a peak that is traced
+      return
+  largest = float(np.asarray(steps).max())
   if largest >= penalty.max_step:
     raise UserError(
       f'the penalty is too concave for a step of {largest}: its prox has one minimum '
@@ -306,7 +332,7 @@ def _coupled_updates(prox, groups, params, updates, sparsity, min_alive):
   grouped = {path for members in groups.members for path, _ in members}
   x = {path: before[path] + u for path, u in incoming.items() if path in grouped}
   for layer, members in zip(groups.layers, groups.members, strict=True):
-    if not all(path in x for path, _ in members):  # inside `masked` or `partition`
+    if members[0][0] not in x:  # inside `masked` or `partition`
       continue
     matrix = gr.gather(members, x)
     z = prox({layer: matrix}, {layer: coefficients[layer]})[layer]
@@ -326,7 +352,9 @@ def _protect(x, z, axis, min_alive):
     return z
   before = gr.norms(x, axis)
   flat = before.reshape(-1)
-  strongest = jax.lax.top_k(flat, min(min_alive, flat.size))[0][-1]
+  strongest = jnp.max(flat)  # top_k is many times as slow on an accelerator
+  if min_alive > 1:
+    strongest = jax.lax.top_k(flat, min(min_alive, flat.size))[0][-1]
   floor = jnp.minimum(before, FLOOR_RMS * math.sqrt(gr.size(x, axis)))
   hit = (before >= strongest) & (gr.norms(z, axis) < floor)
   scale = jnp.where(hit, floor / jnp.where(before > 0, before, 1), 0)
@@ -338,14 +366,59 @@ _OTHER_METRICS = (
   optax.ScaleByAmsgradState,
   optax.ScaleByNovogradState,
   optax.ScaleByRStdDevState,  # and the same with a count, which optax does not export
-  type(optax.rmsprop(0.0, centered=True, bias_correction=True).init(())[0]),
+  # By its shape: an array would start the backend of JAX on import.
+  type(
+    jax.eval_shape(optax.rmsprop(0.0, centered=True, bias_correction=True).init, ())[0]
+  ),
   optax.ScaleBySM3State,
   optax.contrib.ScheduleFreeState,  # steps at a point beside the parameters
 )
 
-# Optimisers whose step is in the metric of their second moment, as `metric` reads it.
+# Optimisers that step in the metric of their second moment, as `metric_of` reads it.
 # Others keep the state of Adam and step otherwise: adamax, lamb, radam, contrib.adopt.
-_IN_THE_METRIC = ('adam', 'adamw', 'nadam', 'nadamw', 'adabelief', 'yogi', 'rmsprop')
+# (nadam and nadamw are partials of the first two.)
+_IN_THE_METRIC = (optax.adam, optax.adamw, optax.adabelief, optax.yogi, optax.rmsprop)
+
+
+class Metric(NamedTuple):
+  """D = √(v̂ + eps_root) + eps of an optimiser, v̂ with decay b2."""
+
+  b2: float
+  eps: float
+  eps_root: float
+
+
+def metric_of(optimizer: Callable[..., optax.GradientTransformation]) -> Metric:
+  """The metric of an optimiser's step, by its arguments.
+
+  Args:
+    optimizer: a function of optax, or a `functools.partial` of one.
+
+  Returns:
+    Its b2, eps and eps_root, as given or by the optimiser's defaults.
+
+  Raises:
+    UserError: its step is in another metric than its second moment's.
+  """
+  function = optimizer
+  while isinstance(function, functools.partial):
+    function = function.func
+  values = {
+    name: p.default for name, p in inspect.signature(optimizer).parameters.items()
+  }
+  if function not in _IN_THE_METRIC or values.get('centered'):
+    raise UserError(
+      f'the prox in the metric of a second moment does not fit '
+      f'{"a centered " if values.get("centered") else ""}'
+      f'{getattr(function, "__name__", function)}; use one of adam, adamw, nadam, '
+      f'nadamw, adabelief, yogi, rmsprop, or the Euclidean prox (msp.proximal, '
+      f'sparsity.metric=euclidean)'
+    )
+  if function is not optax.rmsprop:
+    return Metric(values['b2'], values['eps'], values.get('eps_root', 0.0))
+  inside = values['eps_in_sqrt']
+  eps = values['eps']
+  return Metric(values['decay'], 0.0 if inside else eps, eps if inside else 0.0)
 
 
 def _second_moment(state: Any) -> Any:
@@ -545,161 +618,3 @@ def clip_by_weight_norm(
     return jax.tree.map(clip, updates, params), state
 
   return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
-
-
-def build(
-  entries: Sequence[Mapping[str, Any]], where: str, *, differentiated: bool = False
-) -> optax.GradientTransformationExtraArgs:
-  """Chains the transforms a configuration names.
-
-  Args:
-    entries: mappings with a `name`, looked up here and then in optax (dotted
-      names such as 'contrib.prodigy' too); 'module:function' is one of your own. The
-      other items are its arguments. A learning_rate that is a mapping names a
-      schedule of optax in the same way.
-    where: the configuration field, for messages.
-    differentiated: whether a hypergradient runs through the updates.
-
-  Returns:
-    `optax.chain` of them.
-
-  Raises:
-    UserError: no entry, unknown name, arguments it does not take, or a transform that
-      needs more than gradients and parameters; differentiated without eps_root.
-  """
-  if not entries:
-    raise UserError(f'{where} is empty; name at least one transform')
-  chain = optax.chain(
-    *(_resolve(dict(entry), where, differentiated) for entry in entries)
-  )
-  params = {'kernel': jax.ShapeDtypeStruct((2, 2), jnp.float32)}
-  try:  # a step of any shape tells
-    state = jax.eval_shape(chain.init, params)
-    jax.eval_shape(chain.update, params, state, params)
-  except _WRONG_ARGUMENTS as e:
-    names = ', '.join(str(entry['name']) for entry in entries)
-    raise UserError(
-      f'{where}: {names} cannot make a step from gradients and parameters alone, or '
-      f'an argument is of the wrong type: {words(e)}'
-    ) from None
-  return chain
-
-
-def step_size(learning_rate: Any, where: str) -> optax.ScalarOrSchedule:
-  """A number as it is; a mapping (name='cosine_decay_schedule', …) as a schedule.
-
-  Raises:
-    UserError: neither of them; unknown schedule, or arguments it does not take.
-  """
-  if not hasattr(learning_rate, 'items'):  # a ConfigDict is no Mapping
-    if not isinstance(learning_rate, int | float) or not 0 <= learning_rate < math.inf:
-      raise UserError(
-        f'{where}: learning_rate is {learning_rate!r}; it has to be a number, 0 or '
-        f"more, or a schedule such as dict(name='cosine_decay_schedule', …)"
-      )
-    return learning_rate
-  entry = dict(learning_rate)
-  name = entry.pop('name', None)
-  factory = getattr(optax.schedules, str(name), None)
-  if not callable(factory):
-    raise UserError(f'{where}: unknown schedule {name!r}; known: those of optax')
-  return _call(factory, name, entry, where)
-
-
-def metric(entry: Mapping[str, Any], where: str) -> dict[str, float]:
-  """What `adaptive_proximal` needs of an optimiser's configuration entry.
-
-  Args:
-    entry: a mapping as of `build`, with a learning_rate.
-    where: the configuration field, for messages.
-
-  Returns:
-    Its b2, eps and eps_root, as given or by the optimiser's defaults.
-
-  Raises:
-    UserError: its step is in another metric than its second moment's.
-  """
-  name = entry['name']
-  values = _arguments(_find(name, where), entry) if name in _IN_THE_METRIC else None
-  if values is None or values.get('centered'):
-    raise UserError(
-      f'{where}: the prox in the metric of a second moment does not fit '
-      f'{"a centered " if values else ""}{name}; use one of '
-      f'{", ".join(_IN_THE_METRIC)}, or sparsity.metric=euclidean'
-    )
-  if name == 'rmsprop':
-    values['b2'] = values['decay']
-    if values['eps_in_sqrt']:
-      values |= {'eps_root': values['eps'], 'eps': 0.0}
-  return {name: values[name] for name in ('b2', 'eps', 'eps_root') if name in values}
-
-
-# What the functions of optax raise on arguments that they do not check.
-_WRONG_ARGUMENTS = (TypeError, ValueError, LookupError, AttributeError)
-
-
-def _call(factory, name, arguments, where):
-  try:
-    return factory(**arguments)
-  except _WRONG_ARGUMENTS as e:
-    takes = ', '.join(inspect.signature(factory).parameters)
-    raise UserError(
-      f'{where}: {name} cannot take {arguments}: {words(e)}; it takes {takes}'
-    ) from None
-
-
-def _find(name, where):
-  """A transform by its name in a configuration: see `build`."""
-  found: Any = _OWN.get(name)
-  if isinstance(name, str) and ':' in name:
-    try:
-      found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as e:
-      raise UserError(f'{where}: {name!r} cannot be imported: {words(e)}') from None
-  elif isinstance(name, str) and found is None:
-    found = optax
-    for part in name.split('.'):
-      found = getattr(found, part, None)
-  if not callable(found):
-    raise UserError(
-      f'{where}: unknown transform {name!r}; known are the functions of optax, '
-      f"{', '.join(_OWN)}, and your own as 'module:function'"
-    )
-  return found
-
-
-def _resolve(entry, where, differentiated):
-  name = entry.pop('name', None)
-  factory = _find(name, where)
-  if 'learning_rate' in entry:
-    entry['learning_rate'] = step_size(entry['learning_rate'], where)
-  transform = _call(factory, name, entry, where)
-  if not isinstance(transform, optax.GradientTransformation):
-    raise UserError(f'{where}: {name!r} is not an optax transform')
-  values = _arguments(factory, entry)
-  remedy = None
-  if 'eps_root' in values and not values['eps_root']:
-    remedy = 'give it an eps_root above 0, such as 1e-16'
-  elif not values.get('eps_in_sqrt', True):
-    remedy = 'set its eps_in_sqrt'
-  if differentiated and remedy:
-    raise UserError(
-      f'{where}: the hypergradient runs through {name}, whose derivative is infinite '
-      f'where a gradient is 0; {remedy}'
-    )
-  return transform
-
-
-def _arguments(factory, given):
-  """The arguments of a call, defaults included."""
-  parameters = inspect.signature(factory).parameters
-  return {name: p.default for name, p in parameters.items()} | dict(given)
-
-
-_OWN: dict[str, Callable[..., optax.GradientTransformation]] = {
-  'scale_by_mean_magnitude': scale_by_mean_magnitude,
-  'anticipate': anticipate,
-  'retreat': retreat,
-  'bounded': bounded,
-  'clip_by_weight_norm': clip_by_weight_norm,
-}

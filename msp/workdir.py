@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from data.files import locked
+from data.files import locked, write_atomically
 from msp import groups as gr
 from msp.errors import UserError, naming
 from msp.tasks import Task
@@ -187,21 +187,9 @@ def _moved(field, old, new):
 
 
 def write(path: Path, content: bytes | Callable[[BinaryIO], Any]) -> None:
-  """Writes a file so that a kill leaves the old content or the new one.
-
-  Args:
-    path: of the file; its folder exists.
-    content: the bytes, or what writes them to an open file.
-  """
-  temporary = path.with_name(f'.{path.name}.tmp')
-  fill = content if callable(content) else lambda f: f.write(content)
-  try:
-    with naming(path), temporary.open('wb') as f:
-      fill(f)
-  except OSError:
-    temporary.unlink(missing_ok=True)
-    raise
-  temporary.replace(path)
+  """`data.files.write_atomically`; an error of the system names the file."""
+  with naming(path):
+    write_atomically(path, content)
 
 
 def write_groups(workdir: Path, groups: gr.Groups, params: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -60,6 +61,8 @@ class MetricWriter:
       with naming(self._path):
         self._file.write(_line(row))
         self._file.flush()
+        if row['split'] == 'val':  # a mounted bucket has nothing before
+          os.fsync(self._file.fileno())
     else:
       self._file.close()
       self._rewrite([r for r in self._rows() if r['split'] != row['split']] + [row])

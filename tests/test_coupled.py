@@ -132,9 +132,7 @@ def test_dead_channels_are_exactly_zero_everywhere(adaptive):
   params, found = coupled()
   grads = jax.tree.map(lambda p: 0.1 * p + 0.01, params)
   if adaptive:
-    tx = msp.adaptive_proximal(
-      optax.adam(0.05), 'group_lasso', found, 0.05, min_alive=1
-    )
+    tx = msp.adaptive_proximal(optax.adam, 'group_lasso', found, 0.05, min_alive=1)
   else:
     tx = optax.chain(
       optax.sgd(0.1), msp.proximal('group_lasso', found, 0.1, min_alive=1)
@@ -198,20 +196,29 @@ def test_streams_that_do_not_fit_are_refused():
     find(path('a'), ('n',), path('c'))
 
 
-def test_freeze_dead_of_coupled_groups_inside_masked():
+@pytest.mark.parametrize(
+  'make',
+  [
+    msp.freeze_dead,
+    lambda found: msp.proximal('group_lasso', found, 0.1),
+    lambda found: msp.adaptive_proximal(optax.adam, 'group_lasso', found, 0.1),
+  ],
+)
+def test_a_part_of_a_stream_is_refused(make):
   params, found = overlapping()
-  keep = jax.tree_util.tree_map_with_path(
+  is_late = jax.tree_util.tree_map_with_path(
     lambda path, _: 'a' not in gr.path_name(path).split('/'), params
   )
-  tx = optax.masked(msp.transforms.freeze_dead(found), keep)
-  params['backbone']['b']['kernel'] = params['backbone']['b']['kernel'].at[:, 0].set(0)
-  params['backbone']['c']['kernel'] = params['backbone']['c']['kernel'].at[0].set(0)
-  updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
-  # Stream t is whole, and its first channel dead; a and with it stream s are masked.
-  want = jax.tree.map(jnp.ones_like, params)['backbone']
-  want['b']['kernel'] = want['b']['kernel'].at[:, 0].set(0)
-  want['c']['kernel'] = want['c']['kernel'].at[0].set(0)
-  jax.tree.map(np.testing.assert_array_equal, updates['backbone'], want)
+  labels = jax.tree.map(lambda late: 'late' if late else 'early', is_late)
+  for tx in (
+    optax.masked(make(found), is_late),
+    optax.partition({'late': make(found), 'early': optax.sgd(0.1)}, labels),
+  ):
+    with pytest.raises(UserError, match=r'coupled groups of \S+ these param'):
+      tx.init(params)
+  del params['backbone']['a']
+  with pytest.raises(UserError, match='lack backbone/a/kernel; a mask or a partition'):
+    gr.sparsity(found, params)
 
 
 def prox_of_the_sum(params, found, threshold, sweeps=300):

@@ -9,7 +9,7 @@ from PIL import Image
 
 import data
 from data import DataError
-from msp import transforms
+from msp import optimizers
 from msp.errors import UserError
 
 EXAMPLES = Path(__file__).parents[1] / 'examples'
@@ -65,7 +65,7 @@ def test_a_transform_of_ones_own(tmp_path, monkeypatch):
     'import optax\ndef halve(rate):\n  return optax.scale(-0.5 * rate)\n'
   )
   monkeypatch.syspath_prepend(tmp_path)
-  tx = transforms.build([{'name': 'own_transforms:halve', 'rate': 3.0}], 'optimizer')
+  tx = optimizers.build([{'name': 'own_transforms:halve', 'rate': 3.0}], 'optimizer')
   updates, _ = tx.update(np.ones(2), tx.init(np.ones(2)))
   np.testing.assert_allclose(updates, -1.5)
   for name, message in (
@@ -75,4 +75,4 @@ def test_a_transform_of_ones_own(tmp_path, monkeypatch):
     ('own_transforms:optax', "unknown transform 'own_transforms:optax'"),
   ):
     with pytest.raises(UserError, match=message):
-      transforms.build([{'name': name, 'rate': 3.0}], 'optimizer')
+      optimizers.build([{'name': name, 'rate': 3.0}], 'optimizer')

@@ -328,11 +328,11 @@ MISTAKES = [
   ),
   (
     {'sparsity.hypergradient': 'implicit', 'meta.optimizer': MOMENTUM},
-    'momentum or moments; use plain sgd there',
+    'has momentum or moments, or a schedule; use plain sgd there',
   ),
   (
     {'sparsity.hypergradient': 'implicit', 'meta.optimizer': SCHEDULED},
-    'a schedule; use plain sgd there',
+    'has momentum or moments, or a schedule; use plain sgd there',
   ),
   ({'sparsity.solver.name': 'lu'}, "solver.name is 'lu'; known: cg, neumann"),
   ({'sparsity.solver.tolerance': 0.0}, 'sparsity.solver has tolerance 0.0'),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from msp import groups as gr
 from msp.errors import UserError
@@ -434,6 +435,40 @@ def test_batch_norm_statistics():
   y = module.apply(variables, x, train=False)
   expected = (x - 0.5) / np.sqrt(2 + 1e-5) * scale + bias
   np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+def batch_norm(mean):
+  """(x, running mean) -> y and new statistics, of 5 channels."""
+  module = normalization.BatchNorm()
+  variables = {
+    'params': {'scale': jnp.ones(5), 'bias': jnp.zeros(5)},
+    'batch_stats': {'mean': jnp.full(5, mean), 'var': jnp.ones(5)},
+  }
+  return lambda x: module.apply(variables, x, train=True, mutable=['batch_stats'])
+
+
+def test_batch_norm_of_a_mean_far_from_zero():
+  """Squares of x itself would leave two digits of the variance."""
+  x = 1e3 + normal(0, 8, 4, 4, 5)
+  y, updated = batch_norm(999.5)(x.astype(np.float32))
+  x = x.astype(np.float32).astype(np.float64)
+  mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+  np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5), atol=1e-3)
+  unbiased = x.var((0, 1, 2), ddof=1)
+  got = updated['batch_stats']['var']
+  np.testing.assert_allclose(got, 0.9 + 0.1 * unbiased, rtol=1e-5)
+
+
+def test_batch_norm_sums_once_over_devices():
+  """And its gradient once: each exchange waits for the one before."""
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+  sharded = NamedSharding(mesh, PartitionSpec('data'))
+  run = batch_norm(0.0)
+  gradient = jax.grad(lambda x: (jnp.sin(run(x)[0]).sum(), run(x)[1]), has_aux=True)
+  for function, most in ((run, 1), (gradient, 2)):
+    jitted = jax.jit(function, in_shardings=sharded)
+    text = jitted.lower(jnp.zeros((8, 4, 4, 5))).compile().as_text()
+    assert 1 <= text.count(' all-reduce(') <= most
 
 
 def test_batch_norm_of_one_value_is_finite():

@@ -436,3 +436,45 @@ def test_a_coefficient_that_is_not_a_number_is_seen(name, weighted):
   else:
     got = penalty.prox(x, 0.1, nan, -2)
   assert jnp.isnan(got).any()
+
+
+@pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize('scale', [1e-4, 1.0, 300.0])
+def test_the_weighted_prox_in_half_precision(dtype, scale):
+  """Its squares overflow and vanish there."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(scale * rng.normal(size=(3, 3, 4, 6)), dtype)
+  metric = jnp.asarray(rng.uniform(0.5, 2, x.shape), dtype)
+  np.testing.assert_array_equal(prox.group_lasso_weighted(x, metric, 0.0, -2), x)
+  # Half of the norm of a typical group.
+  threshold = 0.5 * scale * np.sqrt(54)
+  got = prox.group_lasso_weighted(x, metric, threshold, -2)
+  assert got.dtype == dtype
+  exact = prox.group_lasso_weighted(
+    x.astype(jnp.float32), metric.astype(jnp.float32), threshold, -2
+  )
+  info = jnp.finfo(dtype)
+  np.testing.assert_allclose(
+    np.asarray(got, np.float32),
+    exact,
+    rtol=2 * float(info.eps),
+    atol=float(info.smallest_subnormal),
+  )
+
+
+@pytest.mark.parametrize(
+  ('name', 'option'), [('group_mcp', 30.0), ('group_scad', 29.0)]
+)
+def test_a_traced_step_beyond_the_range_of_a_concave_penalty_is_seen(name, option):
+  x, _ = kernel(7)
+  run = jax.jit(lambda step: prox.get_penalty(name).prox(x, step, 0.3, -2))
+  assert np.isfinite(run(option * 0.99)).all()
+  assert np.isnan(run(option)).all()
+
+
+def test_l1_takes_thresholds_of_the_kernel_s_shape():
+  x, metric = kernel(8)
+  t = np.random.default_rng(0).uniform(0.01, 0.5, x.shape)
+  for axis in (None, -2):
+    want = np.sign(x) * np.maximum(np.abs(x) - t / metric, 0)
+    np.testing.assert_allclose(prox.l1_weighted(x, metric, t, axis), want, atol=1e-12)

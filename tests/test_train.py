@@ -30,9 +30,9 @@ from msp import (
   dataset,
   figures,
   losses,
+  optimizers,
   train,
   trained,
-  transforms,
   workdir,
   writer,
 )
@@ -170,7 +170,7 @@ def test_a_trust_region_that_nothing_makes_is_told_of(faces, caplog):
 
 @pytest.mark.parametrize('objective', ['holdout', 'budget'])
 def test_the_published_objective_has_a_trust_region(objective):
-  optimizer = transforms.build(common.base().sparsity.optimizers[objective], '')
+  optimizer = optimizers.build(common.base().sparsity.optimizers[objective], '')
   rho, state = jnp.array(-1.0), optimizer.init(jnp.array(-1.0))
   updates, _ = optimizer.update(jnp.array(-1.0), state, rho, violation=jnp.array(2.0))
   assert (updates <= -0.1) == (objective == 'holdout')
@@ -827,7 +827,7 @@ def test_statistics_are_those_of_the_weights(faces):
   state = one.initial_state()
   model = one.experiment.model
   got = one.estimator()(state)
-  stream = one._stream(one.splits.train, batch_size=8, seed=c.seed + 2)
+  stream = one._stream(one.splits.train, (), batch_size=8, seed=c.seed + 2)
   image = next(stream)['image']
   outputs = [
     multitask.apply(model, state.params, stats, image, train=train)[0]

@@ -180,10 +180,10 @@ def adamw():
 
 
 def prox_adamw(groups, metric='adam'):
-  adam = optax.adamw(OUTER_RATE, eps=1e-2, weight_decay=0.1)
+  adam = functools.partial(optax.adamw, eps=1e-2, weight_decay=0.1)
   if metric == 'adam':
-    return msp.adaptive_proximal(adam, 'group_lasso', groups, OUTER_RATE, eps=1e-2)
-  return optax.chain(adam, msp.proximal('group_lasso', groups, OUTER_RATE))
+    return msp.adaptive_proximal(adam, 'group_lasso', groups, OUTER_RATE)
+  return optax.chain(adam(OUTER_RATE), msp.proximal('group_lasso', groups, OUTER_RATE))
 
 
 def close(actual, expected, tolerance=1e-10):
@@ -544,10 +544,15 @@ def test_running_statistics_and_what_may_influence_what():
   same(other_hold_out.batch_stats, base.batch_stats)
   assert other_hold_out.rho != base.rho
 
-  # Without hold-out data ρ is learned on the query batch.
-  on_query, _ = step(state, {**data, 'hold_out': data['query']}, KEY)
-  without, _ = step(state, {k: data[k] for k in ('support', 'query')}, KEY)
-  same(without.rho, on_query.rho)
+  # ρ is learned on the query batch only where that is asked for.
+  without = {k: data[k] for k in ('support', 'query')}
+  same_data, _ = step(state, {**data, 'hold_out': data['query']}, KEY)
+  on_query, _ = first_order(
+    p, outer, inner_steps=2, episode_draw='full', learn_on='query'
+  )
+  same(on_query(state, without, KEY)[0].rho, same_data.rho)
+  with pytest.raises(KeyError, match='hold_out'):
+    step(state, without, KEY)
 
   other_query, other_metrics = step(state, {**data, 'query': batch(4)}, KEY)
   same(other_query.rho, base.rho)
@@ -613,9 +618,8 @@ def test_online_hypergradient_is_the_derivative_of_the_whole_run(
   p = problem(('edges', 'smiling'), uncertainty=True)
   groups = gr.find(p.params, r'backbone/layer.*kernel', 'in', granularity)
   p = p._replace(groups=groups)
-  options = dict(eps=1e-2, eps_root=1e-6)
-  adam = optax.adamw(OUTER_RATE, weight_decay=0.1, **options)
-  outer = msp.adaptive_proximal(adam, 'group_lasso', groups, OUTER_RATE, **options)
+  adam = functools.partial(optax.adamw, weight_decay=0.1, eps=1e-2, eps_root=1e-6)
+  outer = msp.adaptive_proximal(adam, 'group_lasso', groups, OUTER_RATE)
   step = p.step(
     outer,
     inner=inner_optimizer(groups),
@@ -775,12 +779,10 @@ def test_the_twin_has_no_tangent():
   groups = gr.find(p.params, r'backbone/layer.*kernel', 'in', 'layer')
   p = p._replace(groups=groups)
   outer = msp.adaptive_proximal(
-    optax.adam(OUTER_RATE, eps=1e-2, eps_root=1e-8),
+    functools.partial(optax.adam, eps=1e-2, eps_root=1e-8),
     'group_lasso',
     groups,
     OUTER_RATE,
-    eps=1e-2,
-    eps_root=1e-8,
   )
   rho_optimizer, rho = optax.sgd(RHO_RATE), jnp.full(2, -2.0)
   state = p.state(outer, rho=rho, lambda_max=jnp.full(2, 0.3))

@@ -1,3 +1,7 @@
+import functools
+import subprocess
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,7 @@ from ml_collections import ConfigDict
 
 import msp
 from msp import groups as gr
-from msp import prox, transforms
+from msp import optimizers, prox, transforms
 from msp.errors import UserError
 
 
@@ -28,6 +32,8 @@ def make_params(seed=0, dtype=jnp.float32):
   }
 
 
+# What `adaptive_proximal` has to be told of an Adam that has been made.
+ADAM = dict(b2=0.999, eps=1e-8, eps_root=0.0)
 GRADS = jax.tree.map(lambda p: 0.1 * p + 0.01, make_params(9))
 
 
@@ -82,16 +88,13 @@ def test_a_part_of_the_layers_has_the_coefficients_of_its_own():
   np.testing.assert_array_equal(gr.lambda_max(found, part), [0, own])
 
 
-def test_penalty_lambda_max_and_sparsity_by_hand():
+def test_lambda_max_and_sparsity_by_hand():
   params = {'backbone': {'c': {'kernel': jnp.array([[3.0, 4.0], [0.0, 0.0]])}}}
   found = gr.find(params)
-  np.testing.assert_allclose(gr.penalty(found, params), np.sqrt(2) * 5)
   np.testing.assert_allclose(gr.lambda_max(found, params), [5 / np.sqrt(2)])
   counted = gr.sparsity(found, params)
   np.testing.assert_allclose(counted.groups, 0.5)
   np.testing.assert_allclose(counted.weights, 0.5)
-  grads = jax.grad(lambda p: gr.penalty(found, p))(params)
-  assert jnp.all(jnp.isfinite(grads['backbone']['c']['kernel']))
 
 
 def test_above_lambda_max_zero_is_a_fixed_point():
@@ -158,9 +161,8 @@ def adam_reference(params, grads, lr, b2, eps, lam, found):
 def test_adaptive_proximal_uses_the_metric_of_the_step():
   params = make_params()
   found = gr.find(params)
-  tx = msp.adaptive_proximal(
-    optax.adam(0.5, b2=0.9, eps=1e-6), 'group_lasso', found, 0.5, b2=0.9, eps=1e-6
-  )
+  adam = functools.partial(optax.adam, b2=0.9, eps=1e-6)
+  tx = msp.adaptive_proximal(adam, 'group_lasso', found, 0.5)
   updates, _ = jax.jit(tx.update)(GRADS, tx.init(params), params, sparsity=0.6)
   new = gr.select(found, optax.apply_updates(params, updates))
   want = adam_reference(params, GRADS, 0.5, 0.9, 1e-6, 0.6, found)
@@ -174,7 +176,7 @@ def test_adaptive_proximal_needs_one_second_moment():
   params = make_params()
   found = gr.find(params)
   for inner in (optax.sgd(0.1), optax.chain(optax.adam(0.1), optax.adam(0.1))):
-    tx = msp.adaptive_proximal(inner, 'group_lasso', found, 0.1)
+    tx = msp.adaptive_proximal(inner, 'group_lasso', found, 0.1, **ADAM)
     with pytest.raises(UserError, match='one second moment'):
       tx.init(params)
 
@@ -197,9 +199,23 @@ def test_adaptive_proximal_needs_one_second_moment():
 )
 def test_adaptive_proximal_refuses_another_metric(inner, message):
   params = make_params()
-  tx = msp.adaptive_proximal(inner, 'group_lasso', gr.find(params), 0.1)
+  tx = msp.adaptive_proximal(inner, 'group_lasso', gr.find(params), 0.1, **ADAM)
   with pytest.raises(UserError, match=message):
     tx.init(params)
+
+
+def test_adaptive_proximal_reads_the_metric_or_is_given_it():
+  found = gr.find(make_params())
+  make = lambda inner, **metric: msp.adaptive_proximal(
+    inner, 'l1', found, 0.1, **metric
+  )
+  with pytest.raises(UserError, match='cannot see b2, eps_root of a transform that'):
+    make(optax.adam(0.1), eps=1e-8)
+  with pytest.raises(UserError, match='reads b2, eps and eps_root from its optimiser'):
+    make(optax.adam, eps=1e-8)
+  for inner in (optax.radam, optax.adamax, optax.lamb, optax.sgd, optax.scale_by_adam):
+    with pytest.raises(UserError, match=f'does not fit {inner.__name__}; use one of'):
+      make(inner)
 
 
 @pytest.mark.parametrize('penalty', ['group_lasso', 'l1'])
@@ -207,7 +223,7 @@ def test_adaptive_proximal_in_half_precision(penalty):
   def train(dtype):
     params, grads = jax.tree.map(lambda x: x.astype(dtype), (make_params(), GRADS))
     found = gr.find(params)
-    tx = msp.adaptive_proximal(optax.adam(0.05), penalty, found, 0.05)
+    tx = msp.adaptive_proximal(optax.adam, penalty, found, 0.05)
     state = tx.init(params)
     for _ in range(3):
       updates, state = tx.update(grads, state, params, sparsity=0.3)
@@ -224,8 +240,9 @@ def test_no_step_no_prox(optimizer):
   params = make_params()
   found = gr.find(params)
   finite = optax.apply_if_finite(optimizer(0.1), 5)
-  tx = msp.adaptive_proximal(finite, 'group_lasso', found, 0.1)
-  plain = msp.adaptive_proximal(optimizer(0.1), 'group_lasso', found, 0.1)
+  metric = transforms.metric_of(optimizer)._asdict()
+  tx = msp.adaptive_proximal(finite, 'group_lasso', found, 0.1, **metric)
+  plain = msp.adaptive_proximal(optimizer, 'group_lasso', found, 0.1)
   state = tx.init(params)
   broken = jax.tree.map(lambda g: g * jnp.nan, GRADS)
   want, _ = plain.update(GRADS, plain.init(params), params, sparsity=0.3)
@@ -244,7 +261,7 @@ def test_no_step_no_prox(optimizer):
   'make',
   [
     lambda found: msp.proximal('group_lasso', found, 0.1),
-    lambda found: msp.adaptive_proximal(optax.adam(0.1), 'l1', found, 0.1),
+    lambda found: msp.adaptive_proximal(optax.adam, 'l1', found, 0.1),
     transforms.freeze_dead,
   ],
 )
@@ -252,7 +269,7 @@ def test_groups_of_another_tree_are_refused(make):
   params = make_params()
   with pytest.raises(UserError, match='none of the groups is in these parameters'):
     make(gr.find(params)).init(params['backbone'])
-  for count in (gr.sparsity, gr.penalty, gr.alive, gr.lambda_max):
+  for count in (gr.sparsity, gr.alive, gr.lambda_max):
     with pytest.raises(UserError, match='none of the groups'):
       count(gr.find(params), params['heads'])
 
@@ -324,15 +341,15 @@ def test_an_impossible_coefficient_is_refused(value):
   ('entry', 'want'),
   [
     ({'name': 'adamw', 'b2': 0.9, 'eps': 1e-6}, (0.9, 1e-6, 0.0)),
-    ({'name': 'yogi'}, (0.999, 1e-3, None)),
+    ({'name': 'yogi'}, (0.999, 1e-3, 0.0)),
     ({'name': 'adabelief'}, (0.999, 1e-16, 1e-16)),
     ({'name': 'rmsprop', 'eps': 1e-4}, (0.9, 0.0, 1e-4)),
-    ({'name': 'rmsprop', 'eps': 1e-4, 'eps_in_sqrt': False}, (0.9, 1e-4, None)),
+    ({'name': 'rmsprop', 'eps': 1e-4, 'eps_in_sqrt': False}, (0.9, 1e-4, 0.0)),
   ],
 )
 def test_metric_of_a_configured_optimiser(entry, want):
-  got = transforms.metric(entry, 'optimizer')
-  assert tuple(got.get(name) for name in ('b2', 'eps', 'eps_root')) == want
+  name = entry.pop('name')
+  assert transforms.metric_of(functools.partial(getattr(optax, name), **entry)) == want
 
 
 @pytest.mark.parametrize(
@@ -352,9 +369,9 @@ def test_the_metric_is_what_the_step_is_divided_by(name, options):
   params = {'w': jnp.array([[500.0, 4.0, 3.0]])}
   found = gr.find(params, 'w', 'weight')
   moments = {'rmsprop': {}, 'adabelief': {'b1': 0.5}}.get(name, {'b1': 0.0})
-  inner = getattr(optax, name)(0.1, **moments, **options)
-  metric = transforms.metric({'name': name, **options}, 'optimizer')
-  tx = msp.adaptive_proximal(inner, 'l1', found, 0.1, **metric)
+  optimizer = functools.partial(getattr(optax, name), **moments, **options)
+  inner = optimizer(0.1)
+  tx = msp.adaptive_proximal(optimizer, 'l1', found, 0.1)
   state, alone = tx.init(params), inner.init(params)
   for scale in (1.0, 0.3, 2.0):
     # The first is so small that eps, and where it stands, matters.
@@ -372,10 +389,29 @@ def test_the_metric_is_what_the_step_is_divided_by(name, options):
   'name', ['lamb', 'contrib.adopt', 'contrib.acprop', 'scale_by_learning_rate']
 )
 def test_optimisers_that_only_look_like_adam_are_refused(name):
+  optimizer = optax
+  for part in name.split('.'):
+    optimizer = getattr(optimizer, part)
+  name = optimizer.__name__
   with pytest.raises(UserError, match=rf'does not fit {name}; .*metric=euclidean'):
-    transforms.metric({'name': name}, 'optimizer')
+    transforms.metric_of(optimizer)
   with pytest.raises(UserError, match='does not fit a centered rmsprop'):
-    transforms.metric({'name': 'rmsprop', 'centered': True}, 'optimizer')
+    transforms.metric_of(functools.partial(optax.rmsprop, centered=True))
+
+
+def test_inject_hyperparams_with_an_optimiser():
+  params = make_params()
+  found = gr.find(params)
+  make = optax.inject_hyperparams(msp.adaptive_proximal, static_args='inner')
+  tx = make(optax.adam, 'group_lasso', found, learning_rate=0.1, sparsity=0.3)
+  state = tx.init(params)
+  plain = msp.adaptive_proximal(optax.adam, 'group_lasso', found, 0.1)
+  want, _ = plain.update(GRADS, plain.init(params), params, sparsity=0.3)
+  got, _ = tx.update(GRADS, state, params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
+  state.hyperparams['learning_rate'] = jnp.zeros(())  # of the step and of the prox
+  got, _ = tx.update(GRADS, state, params)
+  assert all(not x.any() for x in jax.tree.leaves(got))
 
 
 def transform_cases(found):
@@ -385,13 +421,13 @@ def transform_cases(found):
   yield (
     'schedule',
     msp.adaptive_proximal(
-      optax.adamw(optax.linear_schedule(0.1, 0.0, 9)),
+      optax.adamw,
       'group_lasso',
       found,
       optax.linear_schedule(0.1, 0.0, 9),
     ),
   )
-  yield 'rmsprop', msp.adaptive_proximal(optax.rmsprop(0.1), 'l1', found, 0.1)
+  yield 'rmsprop', msp.adaptive_proximal(optax.rmsprop, 'l1', found, 0.1)
   # Not `gradient_transformation()`, which drops extra arguments.
   steps = optax.MultiSteps(prox_last(optax.sgd(0.1)), 2)
   yield (
@@ -427,7 +463,7 @@ def transform_cases(found):
     ),
   )
   adaptive = lambda learning_rate: msp.adaptive_proximal(
-    optax.adam(learning_rate), 'group_lasso', found, learning_rate
+    optax.adam, 'group_lasso', found, learning_rate
   )
   steps = optax.MultiSteps(adaptive(0.1), 2)
   yield (
@@ -503,8 +539,7 @@ def test_composes_with_optax(name):
 
 def make_proximal(found, adaptive, **options):
   if adaptive:
-    adam = optax.adam(0.1)
-    return msp.adaptive_proximal(adam, 'group_lasso', found, 0.1, **options)
+    return msp.adaptive_proximal(optax.adam, 'group_lasso', found, 0.1, **options)
   sgd = optax.sgd(0.1)
   return optax.chain(sgd, msp.proximal('group_lasso', found, 0.1, **options))
 
@@ -544,9 +579,8 @@ def test_dead_groups_are_zero_also_by_gradients_of_half_precision(adaptive):
 def test_a_prox_inside_another_has_the_coefficient_too():
   params = make_params()
   found = {axis: gr.find(params, axis=axis) for axis in ('in', 'out')}
-  adam = optax.adam(0.1)
-  inside = msp.adaptive_proximal(adam, 'group_lasso', found['in'], 0.1)
-  both = msp.adaptive_proximal(inside, 'group_lasso', found['out'], 0.1)
+  inside = msp.adaptive_proximal(optax.adam, 'group_lasso', found['in'], 0.1)
+  both = msp.adaptive_proximal(inside, 'group_lasso', found['out'], 0.1, **ADAM)
   updates, _ = both.update(GRADS, both.init(params), params, sparsity=1e6)
   assert gr.sparsity(found['in'], optax.apply_updates(params, updates)).groups == 1
 
@@ -582,7 +616,7 @@ def test_missing_arguments_are_errors():
   found = gr.find(params)
   for tx in (
     msp.proximal('group_lasso', found, 0.1),
-    msp.adaptive_proximal(optax.adam(0.1), 'group_lasso', found, 0.1),
+    msp.adaptive_proximal(optax.adam, 'group_lasso', found, 0.1),
   ):
     state = tx.init(params)
     with pytest.raises(ValueError, match='params'):
@@ -613,12 +647,7 @@ def test_coefficients_by_layer():
 def test_survival_floor(adaptive):
   params = make_params()
   found = gr.find(params)
-  if adaptive:
-    tx = msp.adaptive_proximal(optax.adam(0.1), 'group_lasso', found, 0.1, min_alive=2)
-  else:
-    tx = optax.chain(
-      optax.sgd(0.1), msp.proximal('group_lasso', found, 0.1, min_alive=2)
-    )
+  tx = make_proximal(found, adaptive, min_alive=2)
   update = jax.jit(tx.update)
   state = tx.init(params)
   for _ in range(50):
@@ -632,10 +661,9 @@ def test_survival_floor(adaptive):
   # Where nothing presses on it, the floor does nothing.
   free = make_params()
   updates, _ = tx.update(GRADS, tx.init(free), free, sparsity=0.0)
-  without = msp.adaptive_proximal(optax.adam(0.1), 'group_lasso', found, 0.1)
-  if adaptive:
-    same, _ = without.update(GRADS, without.init(free), free, sparsity=0.0)
-    jax.tree.map(np.testing.assert_array_equal, updates, same)
+  without = make_proximal(found, adaptive)
+  same, _ = without.update(GRADS, without.init(free), free, sparsity=0.0)
+  jax.tree.map(np.testing.assert_array_equal, updates, same)
 
 
 def test_scale_by_mean_magnitude_is_robust():
@@ -701,7 +729,7 @@ def test_clip_by_weight_norm():
 
 
 def test_build_resolves_names():
-  tx = transforms.build(
+  tx = optimizers.build(
     [
       {'name': 'clip_by_global_norm', 'max_norm': 1.0},
       {'name': 'bounded', 'lower': -1.0, 'upper': 1.0},
@@ -720,13 +748,39 @@ def test_build_resolves_names():
     ({'name': 'sgd', 'learning_rate': {'name': 'linear_schedule'}}, 'cannot take'),
   ):
     with pytest.raises(UserError, match=message):
-      transforms.build([entry], 'outer')
+      optimizers.build([entry], 'outer')
+
+
+def test_nothing_comes_after_the_step_that_the_prox_follows():
+  found = gr.find(make_params())
+  options = dict(
+    penalty=prox.get_penalty('l1'), groups=found, coefficient='fixed', metric='adam'
+  )
+  adam = {'name': 'adam', 'learning_rate': 0.1}
+  clip = {'name': 'clip', 'max_delta': 1.0}
+  optimizers.with_prox([clip, adam], 'optimizer', **options)
+  for late in ({'name': 'scale', 'step_size': 0.1}, {'name': 'scale_by_trust_ratio'}):
+    with pytest.raises(UserError, match=f'{late["name"]} comes after adam and would'):
+      optimizers.with_prox([clip, adam, late], 'optimizer', **options)
+  with pytest.raises(UserError, match='optimizer: no entry has a learning_rate'):
+    optimizers.with_prox([clip], 'optimizer', **options)
+  with pytest.raises(UserError, match=r'optimizer: the prox .* does not fit lamb'):
+    optimizers.with_prox([adam | {'name': 'lamb'}], 'optimizer', **options)
+
+
+def test_importing_the_package_starts_no_backend():
+  """Or `jax.distributed.initialize` and the choice of a platform come too late."""
+  code = (
+    'import msp, jax; from jax._src import xla_bridge; '
+    'assert not xla_bridge._backends, xla_bridge._backends'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_build_resolves_schedules():
   schedule = {'name': 'cosine_decay_schedule', 'init_value': 1.0, 'decay_steps': 2}
   entry = ConfigDict({'name': 'sgd', 'learning_rate': schedule})
-  tx = transforms.build([entry], 'outer')
+  tx = optimizers.build([entry], 'outer')
   p, steps = jnp.zeros(1), []
   state = tx.init(p)
   for _ in range(3):
@@ -737,10 +791,10 @@ def test_build_resolves_schedules():
 
 def test_build_refuses_adam_without_eps_root_where_it_is_differentiated():
   entry = {'name': 'adam', 'learning_rate': 0.1}
-  transforms.build([entry], 'outer')
-  transforms.build([entry | {'eps_root': 1e-16}], 'outer', differentiated=True)
+  optimizers.build([entry], 'outer')
+  optimizers.build([entry | {'eps_root': 1e-16}], 'outer', differentiated=True)
   with pytest.raises(UserError, match='eps_root above 0'):
-    transforms.build([entry], 'outer', differentiated=True)
+    optimizers.build([entry], 'outer', differentiated=True)
 
 
 @pytest.mark.parametrize(
@@ -754,6 +808,9 @@ def test_a_step_too_large_for_a_concave_penalty_is_refused(name, options):
     msp.proximal(kind, groups, 0.2)
   with pytest.raises(UserError, match='too concave'):
     msp.proximal(kind, groups, optax.cosine_decay_schedule(0.2, 10))
+  peak = optax.warmup_cosine_decay_schedule(0.0, 0.2, 300, 1000)  # late
+  with pytest.raises(UserError, match='too concave'):
+    msp.proximal(kind, groups, peak)
 
 
 @pytest.mark.parametrize('axis', ['in', 'out', 'weight'])
@@ -810,7 +867,7 @@ def test_the_survivor_of_a_frozen_layer_is_one_of_the_living(metric):
   rate, step = 1e-3, optax.sgd(1e-3) if metric == 'euclidean' else optax.adam(1e-3)
   chain = optax.chain(step, transforms.freeze_dead(groups))
   if metric == 'adam':
-    tx = msp.adaptive_proximal(chain, 'group_lasso', groups, rate, min_alive=1)
+    tx = msp.adaptive_proximal(chain, 'group_lasso', groups, rate, min_alive=1, **ADAM)
   else:
     prox = msp.proximal('group_lasso', groups, rate, min_alive=1)
     tx = optax.chain(chain, prox)
@@ -830,12 +887,12 @@ def test_the_survivor_of_a_frozen_layer_is_one_of_the_living(metric):
 )
 def test_what_a_hypergradient_runs_through_has_a_derivative(entry, message):
   entries = [{**entry, 'learning_rate': 0.1}]
-  transforms.build(entries, 'optimizer')
+  optimizers.build(entries, 'optimizer')
   if message:
     with pytest.raises(UserError, match=message):
-      transforms.build(entries, 'optimizer', differentiated=True)
+      optimizers.build(entries, 'optimizer', differentiated=True)
     return
-  tx = transforms.build(entries, 'optimizer', differentiated=True)
+  tx = optimizers.build(entries, 'optimizer', differentiated=True)
   state = tx.init(jnp.zeros(2))
   step = lambda g: tx.update(g, state, jnp.zeros(2))[0]
   slope = jax.jvp(step, (jnp.zeros(2),), (jnp.ones(2),))[1]

@@ -46,8 +46,14 @@ class BatchNorm(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, shape)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if train:
-      mean = jnp.mean(x, axis=(0, 1, 2))
-      var = jnp.mean((x - _per_channel(mean)) ** 2, axis=(0, 1, 2))
+      # Both sums in one pass over x, and in one exchange between devices; what has
+      # been subtracted keeps the difference of squares exact where |μ| is large.
+      shift = lax.stop_gradient(running_mean.value)
+      shifted = x - _per_channel(shift)
+      offset = jnp.mean(shifted, axis=(0, 1, 2))
+      var = jnp.mean(shifted**2, axis=(0, 1, 2)) - offset**2
+      var = jnp.maximum(var, 0)
+      mean = shift + offset
       count = math.prod(x.shape[:-1])
       unbiased = var * (count / max(count - 1, 1))
       running_mean.value = _move(running_mean.value, mean)

@@ -1,0 +1,232 @@
+"""Optimisers as a configuration names them: lists of optax transforms."""
+
+import functools
+import inspect
+import math
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from msp import groups as gr
+from msp import transforms
+from msp.errors import UserError, words
+from msp.prox import Penalty
+
+PyTree = Any
+
+
+def build(
+  entries: Sequence[Mapping[str, Any]], where: str, *, differentiated: bool = False
+) -> optax.GradientTransformationExtraArgs:
+  """Chains the transforms a configuration names.
+
+  Args:
+    entries: mappings with a `name`, looked up here and then in optax (dotted
+      names such as 'contrib.prodigy' too); 'module:function' is one of your own. The
+      other items are its arguments. A learning_rate that is a mapping names a
+      schedule of optax in the same way.
+    where: the configuration field, for messages.
+    differentiated: whether a hypergradient runs through the updates.
+
+  Returns:
+    `optax.chain` of them.
+
+  Raises:
+    UserError: no entry, unknown name, arguments it does not take, or a transform that
+      needs more than gradients and parameters; differentiated without eps_root.
+  """
+  if not entries:
+    raise UserError(f'{where} is empty; name at least one transform')
+  chain = optax.chain(
+    *(_resolve(dict(entry), where, differentiated) for entry in entries)
+  )
+  params = {'kernel': jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+  try:  # a step of any shape tells
+    state = jax.eval_shape(chain.init, params)
+    jax.eval_shape(chain.update, params, state, params)
+  except _WRONG_ARGUMENTS as e:
+    names = ', '.join(str(entry['name']) for entry in entries)
+    raise UserError(
+      f'{where}: {names} cannot make a step from gradients and parameters alone, or '
+      f'an argument is of the wrong type: {words(e)}'
+    ) from None
+  return chain
+
+
+def step_size(learning_rate: Any, where: str) -> optax.ScalarOrSchedule:
+  """A number as it is; a mapping (name='cosine_decay_schedule', …) as a schedule.
+
+  Raises:
+    UserError: neither of them; unknown schedule, or arguments it does not take.
+  """
+  if not hasattr(learning_rate, 'items'):  # a ConfigDict is no Mapping
+    if not isinstance(learning_rate, int | float) or not 0 <= learning_rate < math.inf:
+      raise UserError(
+        f'{where}: learning_rate is {learning_rate!r}; it has to be a number, 0 or '
+        f"more, or a schedule such as dict(name='cosine_decay_schedule', …)"
+      )
+    return learning_rate
+  entry = dict(learning_rate)
+  name = entry.pop('name', None)
+  factory = getattr(optax.schedules, str(name), None)
+  if not callable(factory):
+    raise UserError(f'{where}: unknown schedule {name!r}; known: those of optax')
+  return _call(factory, name, entry, where)
+
+
+def with_prox(
+  entries: Sequence[Mapping[str, Any]],
+  where: str,
+  penalty: Penalty,
+  groups: gr.Groups,
+  *,
+  coefficient: str,
+  metric: str,
+  settles: bool = False,
+  min_alive: int | None = None,
+  differentiated: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+  """The chain that `entries` name, then the prox if there is a λ.
+
+  Args:
+    entries: as of `build`; with a λ the last one has the learning_rate, which is the
+      step size of the prox too.
+    where: the configuration field, for messages.
+    penalty: R.
+    groups: which leaves, and along which axis.
+    coefficient: 'none' (no prox), 'frozen' (dead groups stay dead), 'fixed' or
+      'learned'.
+    metric: of the prox: 'adam' or 'euclidean'.
+    settles: whether updates are told when dead groups stay dead (`thaw`).
+    min_alive: see `msp.proximal`.
+    differentiated: whether a hypergradient runs through the updates.
+
+  Returns:
+    The transform.
+
+  Raises:
+    UserError: as `build`; no learning_rate, or a transform after it; an optimiser of
+      another metric; a step too large for a concave penalty.
+  """
+  chain = build(entries, where, differentiated=differentiated)
+  if coefficient == 'none':
+    return chain
+  if coefficient == 'frozen' or settles:
+    chain = optax.chain(chain, transforms.freeze_dead(groups))
+  if coefficient == 'frozen':
+    return chain
+  *others, last = entries
+  if 'learning_rate' not in last:
+    late = [entry for entry in others if 'learning_rate' in entry]
+    reason = (
+      f'{last["name"]} comes after {late[-1]["name"]} and would change its step'
+      if late
+      else 'no entry has a learning_rate'
+    )
+    raise UserError(
+      f'{where}: {reason}; the prox needs the step size of the last transform'
+    )
+  learning_rate = step_size(last['learning_rate'], where)
+  if metric == 'euclidean':
+    proximal = transforms.proximal(penalty, groups, learning_rate, min_alive=min_alive)
+    return optax.chain(chain, proximal)
+  options = {k: v for k, v in last.items() if k not in ('name', 'learning_rate')}
+  try:
+    metric_of = transforms.metric_of(
+      functools.partial(_find(last['name'], where), **options)
+    )
+  except UserError as e:
+    raise UserError(f'{where}: {e}') from None
+  return transforms.adaptive_proximal(
+    chain, penalty, groups, learning_rate, min_alive=min_alive, **metric_of._asdict()
+  )
+
+
+def has_fixed_point(
+  entries: Sequence[Mapping[str, Any]],
+  tx: optax.GradientTransformation,
+  params: PyTree,
+) -> bool:
+  """Whether a step is one and the same map of θ: no momentum, moments or schedule."""
+  moments = any(
+    jnp.issubdtype(leaf.dtype, jnp.floating)
+    for leaf in jax.tree.leaves(jax.eval_shape(tx.init, params))
+  )
+  return not moments and not any(
+    hasattr(entry.get('learning_rate'), 'items') for entry in entries
+  )
+
+
+# What the functions of optax raise on arguments that they do not check.
+_WRONG_ARGUMENTS = (TypeError, ValueError, LookupError, AttributeError)
+
+
+def _call(factory, name, arguments, where):
+  try:
+    return factory(**arguments)
+  except _WRONG_ARGUMENTS as e:
+    takes = ', '.join(inspect.signature(factory).parameters)
+    raise UserError(
+      f'{where}: {name} cannot take {arguments}: {words(e)}; it takes {takes}'
+    ) from None
+
+
+def _find(name, where):
+  """A transform by its name in a configuration: see `build`."""
+  found: Any = _OWN.get(name)
+  if isinstance(name, str) and ':' in name:
+    try:
+      found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as e:
+      raise UserError(f'{where}: {name!r} cannot be imported: {words(e)}') from None
+  elif isinstance(name, str) and found is None:
+    found = optax
+    for part in name.split('.'):
+      found = getattr(found, part, None)
+  if not callable(found):
+    raise UserError(
+      f'{where}: unknown transform {name!r}; known are the functions of optax, '
+      f"{', '.join(_OWN)}, and your own as 'module:function'"
+    )
+  return found
+
+
+def _resolve(entry, where, differentiated):
+  name = entry.pop('name', None)
+  factory = _find(name, where)
+  if 'learning_rate' in entry:
+    entry['learning_rate'] = step_size(entry['learning_rate'], where)
+  transform = _call(factory, name, entry, where)
+  if not isinstance(transform, optax.GradientTransformation):
+    raise UserError(f'{where}: {name!r} is not an optax transform')
+  values = _arguments(factory, entry)
+  remedy = None
+  if 'eps_root' in values and not values['eps_root']:
+    remedy = 'give it an eps_root above 0, such as 1e-16'
+  elif not values.get('eps_in_sqrt', True):
+    remedy = 'set its eps_in_sqrt'
+  if differentiated and remedy:
+    raise UserError(
+      f'{where}: the hypergradient runs through {name}, whose derivative is infinite '
+      f'where a gradient is 0; {remedy}'
+    )
+  return transform
+
+
+def _arguments(factory, given):
+  """The arguments of a call, defaults included."""
+  parameters = inspect.signature(factory).parameters
+  return {name: p.default for name, p in parameters.items()} | dict(given)
+
+
+_OWN: dict[str, Callable[..., optax.GradientTransformation]] = {
+  'scale_by_mean_magnitude': transforms.scale_by_mean_magnitude,
+  'anticipate': transforms.anticipate,
+  'retreat': transforms.retreat,
+  'bounded': transforms.bounded,
+  'clip_by_weight_norm': transforms.clip_by_weight_norm,
+}
