@@ -1,12 +1,18 @@
 """Meta-Sparsity (arXiv 2501.12115) on CamVid street scenes: λ is learned.
 
+λ is moved by the hypergradient through the inner steps, as published, within a trust
+region. For a λ that sees further: --config.sparsity.hypergradient=online; for a given
+sparsity: --config.sparsity.objective=budget --config.sparsity.target=0.7; for a given
+loss: --config.sparsity.objective=tolerance (the default of 'tiny'). See README.md.
+
 Full size (one accelerator or more):
   python launch.py --config configs/camvid_meta.py --config.data.source=/path/to/CamVid
 Small (2 CPU cores, 3 minutes;
 mIoU about 0.27, two fifths of the groups dead):
   python launch.py --config configs/camvid_meta.py:tiny \
       --config.data.source=/path/to/CamVid
-Variation: one λ for each stage: ... --config.sparsity.granularity=stage
+Variation: one λ for each stage:
+  ... --workdir runs/stages --config.sparsity.granularity=stage
 """
 
 from ml_collections import ConfigDict

@@ -4,12 +4,14 @@ Full size (one accelerator or more):
   python launch.py --config configs/camvid_multitask.py \
       --config.data.source=/path/to/CamVid
 With a fixed λ:
-  python launch.py --config configs/camvid_multitask.py:fixed
+  python launch.py --config configs/camvid_multitask.py:fixed \
+      --config.data.source=/path/to/CamVid
 Small (2 CPU cores, 2 minutes;
 mIoU about 0.30):
   python launch.py --config configs/camvid_multitask.py:tiny \
       --config.data.source=/path/to/CamVid
-Variation: segmentation alone: ... --config.tasks="('segmentation',)"
+Variation: segmentation alone:
+  ... --workdir runs/alone --config.tasks="('segmentation',)"
 """
 
 from ml_collections import ConfigDict

@@ -1,14 +1,21 @@
 """Meta-Sparsity (arXiv 2501.12115) on CelebAMask-HQ: λ is learned.
 
-Full size (the published settings; one accelerator or more):
+λ is moved by the hypergradient through the inner steps, as published, within a trust
+region. For a λ that sees further: --config.sparsity.hypergradient=online; for a given
+sparsity: --config.sparsity.objective=budget --config.sparsity.target=0.7; for a given
+loss: --config.sparsity.objective=tolerance (the default of 'tiny'). See README.md.
+
+Full size (the published settings, but for what docs/reproduction.md lists; one
+accelerator or more, there with --config.model.dtype=bfloat16):
   python launch.py --config configs/celeba_meta.py \
       --config.data.source=/path/to/CelebAMask-HQ
 On the procedural stand-in, small (2 CPU cores, 2 minutes;
 mIoU 0.76, 41 % of the groups dead):
   python launch.py --config configs/celeba_meta.py:procedural,tiny
 Variation: seven tasks, two episodes drawn a step:
-  ... --config.tasks="('segmentation','male','smiling','arched_eyebrows',\
-'wearing_lipstick','high_cheekbones','big_lips')" --config.meta.episodes=2
+  ... --workdir runs/seven --config.meta.episodes=2 \
+      --config.tasks="('segmentation','male','smiling','arched_eyebrows',\
+'wearing_lipstick','high_cheekbones','big_lips')"
 """
 
 from ml_collections import ConfigDict

@@ -4,11 +4,12 @@ Dense (the published settings; one accelerator or more):
   python launch.py --config configs/celeba_multitask.py \
       --config.data.source=/path/to/CelebAMask-HQ
 With the published fixed λ = 1e-5:
-  python launch.py --config configs/celeba_multitask.py:fixed
+  python launch.py --config configs/celeba_multitask.py:fixed \
+      --config.data.source=/path/to/CelebAMask-HQ
 On the procedural stand-in, small (2 CPU cores, 2 minutes;
 mIoU about 0.79):
   python launch.py --config configs/celeba_multitask.py:procedural,tiny
-Variation: another λ: ...:fixed --config.sparsity.value=1e-4
+Variation: another λ: ...:fixed --workdir runs/more --config.sparsity.value=1e-4
 """
 
 from ml_collections import ConfigDict

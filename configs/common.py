@@ -40,7 +40,7 @@ def base() -> ConfigDict:
   config.data.eval_examples = 0  # of val and of test; 0: all
 
   config.model = ConfigDict()
-  config.model.depth = 50
+  config.model.depth = 50  # 18 | 50 | 101
   config.model.blocks = config_dict.placeholder(tuple)  # None: those of `depth`
   config.model.block = config_dict.placeholder(str)  # 'basic' | 'bottleneck'
   config.model.width = 1.0
@@ -48,6 +48,7 @@ def base() -> ConfigDict:
   config.model.dtype = 'float32'  # of the computation; parameters are float32
   config.model.head_features = 256
   config.model.dropout = 1.0  # factor on the heads' published rates
+  # 'auto' (fast on CPU, XLA's own elsewhere) | 'lax' | 'mixed' | 'matmul'
   config.model.convolution_implementation = 'auto'
 
   config.loss = ConfigDict()
@@ -57,8 +58,9 @@ def base() -> ConfigDict:
   config.loss.edges = 'huber'  # 'huber' | 'balanced'
   config.loss.depth = 'squared'  # 'squared' (published) | 'combined'
 
-  # θ⁰'s optimiser. Entries name transforms of msp.transforms or optax; a
-  # learning_rate may be a schedule: dict(name='cosine_decay_schedule', …).
+  # θ⁰'s optimiser. Entries name transforms of msp.transforms or optax, or your own
+  # ('module:function'); the last one makes the step. A learning_rate may be a
+  # schedule: dict(name='cosine_decay_schedule', …).
   adamw = dict(name='adamw', learning_rate=1e-4, weight_decay=0.1)
   config.optimizer = [ConfigDict(adamw | dict(eps=1e-6, eps_root=1e-16))]
 
@@ -89,7 +91,8 @@ def base() -> ConfigDict:
   # Share of the steps, the last ones, in which dead groups stay dead, see
   # msp.transforms.freeze_dead, and λ stands still (a budget: until it is met).
   config.sparsity.settle = 0.0
-  config.sparsity.hypergradient = 'forward'  # see msp.hypergradient.MODES
+  # 'forward' | 'reverse' | 'truncated' | 'implicit' | 'online': msp/hypergradient.py
+  config.sparsity.hypergradient = 'forward'
   config.sparsity.truncation = 1  # of 'truncated': steps it sees
   config.sparsity.solver = ConfigDict()  # of 'implicit'
   config.sparsity.solver.name = 'cg'  # 'cg' | 'neumann'

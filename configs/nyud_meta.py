@@ -1,14 +1,20 @@
 """Meta-Sparsity (arXiv 2501.12115) on NYU-v2: λ is learned.
 
-Full size (one accelerator or more):
+λ is moved by the hypergradient through the inner steps, as published, within a trust
+region. For a λ that sees further: --config.sparsity.hypergradient=online; for a given
+sparsity: --config.sparsity.objective=budget --config.sparsity.target=0.7; for a given
+loss: --config.sparsity.objective=tolerance (the default of 'tiny'). See README.md.
+
+Full size (the published settings, but for what docs/reproduction.md lists; one
+accelerator or more, there with --config.model.dtype=bfloat16):
   python launch.py --config configs/nyud_meta.py --config.data.source=/path/to/NYUD_MT
 On the procedural stand-in, small (2 CPU cores, 3 minutes):
   python launch.py --config configs/nyud_meta.py:procedural,tiny
 Variation: four tasks, two episodes drawn a step:
-  ... --config.tasks="('segmentation','depth','normals','edges')" \
-      --config.meta.episodes=2
+  ... --workdir runs/four --config.meta.episodes=2 \
+      --config.tasks="('segmentation','depth','normals','edges')"
 Variation: half of the images, a fifth of those without the label of one task:
-  ... --config.data.train_share=0.5 --config.data.missing=0.2
+  ... --workdir runs/half --config.data.train_share=0.5 --config.data.missing=0.2
 """
 
 from ml_collections import ConfigDict

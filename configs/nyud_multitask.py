@@ -9,7 +9,8 @@ With the published fixed λ = 1e-6:
 On the procedural stand-in, small (2 CPU cores, 2 minutes;
 depth RMSE about 0.64 m):
   python launch.py --config configs/nyud_multitask.py:procedural,tiny
-Variation: two tasks: ... --config.tasks="('segmentation','depth')"
+Variation: two tasks:
+  ... --workdir runs/two --config.tasks="('segmentation','depth')"
 """
 
 from ml_collections import ConfigDict

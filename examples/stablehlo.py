@@ -1,4 +1,6 @@
-"""Predictions of an exported network for one picture; needs jax and pillow alone.
+"""Predictions of an exported network for one picture.
+
+Needs jax, flatbuffers and pillow.
 
 python examples/stablehlo.py runs/NAME/export/model.stablehlo picture.jpg
 """

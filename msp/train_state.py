@@ -21,7 +21,7 @@ class TrainState(NamedTuple):
     lambda_max: λ_max at θ's first values, shape of ρ; λ itself where a fixed λ meets a
       layer without a gradient; None without a coefficient.
     rho_opt_state: state of ρ's optimiser; None unless λ is learned.
-    tangent: d(θ⁰, opt_state)/dρ, see `msp.hypergradient.zero_tangent`; None unless
+    tangent: d(θ⁰, opt_state)/dρ, see `msp.zero_tangent`; None unless
       ρ follows a hypergradient and that is 'online'.
     twin: the dense reference of the objective 'tolerance', see `msp.objectives`;
       None for the others.
