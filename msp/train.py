@@ -231,7 +231,7 @@ def _loop(run, state, progress, feed, evaluate, checkpoints, writer):
       received = interruption.received
       if jax.process_count() > 1:
         # All have to stop after the same step, and asking takes time.
-        asking = evaluating or step % ASK_EVERY == 0
+        asking = evaluating or step % min(c.log_every, ASK_EVERY) == 0
         received = processes.agreed(received) if asking else 0
       if evaluating or received:
         starved |= record(*pending)

@@ -845,6 +845,35 @@ def test_statistics_are_those_of_the_weights(faces):
   assert kept is state
 
 
+def test_support_and_query_do_not_depend_on_the_processes(monkeypatch):
+  monkeypatch.setattr(running, 'put', lambda parts, sharding: parts)
+  images = np.arange(8)
+  parts = lambda local: running.Feed(
+    {'train': iter([{'image': local}])}, 1, None
+  ).next()
+  whole, first, second = map(parts, (images, images[:4], images[4:]))
+  for name in ('support', 'query'):
+    both = np.concatenate([first[name]['image'], second[name]['image']])
+    np.testing.assert_array_equal(both, whole[name]['image'])
+  assert sorted([*whole['support']['image'], *whole['query']['image']]) == list(images)
+
+
+@pytest.mark.parametrize('mode', ['evaluate_run', 'compact_run', 'export_run'])
+def test_unreadable_files_are_left_out_in_every_mode(mode, tmp_path, monkeypatch):
+  class Opened(Exception):  # noqa: N818
+    """What the run is opened with."""
+
+  def open_run(*_, **options):
+    raise Opened(options['skip_corrupt'])
+
+  monkeypatch.setattr(trained, 'open_run', open_run)
+  (tmp_path / 'checkpoints').mkdir()
+  monkeypatch.setattr(trained.workdir_module, 'check', lambda *_: None)
+  for skip in (False, True):
+    with pytest.raises(Opened, match=str(skip)):
+      getattr(trained, mode)(None, tmp_path, skip_corrupt=skip)
+
+
 def test_a_settled_run_trains_on_the_images_of_the_coefficient_too(faces):
   one = running.open_run(config(faces), jax.devices()[:1], None)
   parts, feed = one.splits, one.feed()
