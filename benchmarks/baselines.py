@@ -26,10 +26,10 @@ from msp import compact, dataset, measure, prune, sweep
 from msp import groups as gr
 from msp import tasks as task_module
 from msp.checkpoint import Checkpoints
+from msp.episodes import Combination, task_losses
 from msp.errors import UserError
 from msp.experiment import build
 from msp.metrics import delta_m
-from msp.train_step import Combination, task_losses
 from msp.workdir import write
 
 TUNE = {'sparsity.coefficient': 'none', 'meta.inner_steps': 0}

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from msp.episodes import label_mask
 from msp.models import multitask
 from msp.models.normalization import MOMENTUM
 from msp.tasks import Task
-from msp.train_step import label_mask
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,13 @@ from msp import dataset, episodes, losses, objectives, optimizers
 from msp import groups as gr
 from msp import initial as initial_module
 from msp import tasks as task_module
+from msp.episodes import Combination, Hypergradient, Inner, task_losses
 from msp.errors import UserError
 from msp.hypergradient import MODES, SOLVERS, Solver, zero_tangent
 from msp.models import multitask
 from msp.prox import get_penalty
 from msp.train_state import TrainState
-from msp.train_step import Combination, Step, make_train_step, task_losses
+from msp.train_step import Step, make_train_step
 
 # Inner steps that become a straight program on CPU. A loop's step takes 1.2 times as
 # long; compiling ten steps takes 9 times as long as compiling the loop.
@@ -202,19 +203,19 @@ def build(
     groups,
     outer,
     combination=combination,
-    inner=inner,
-    inner_steps=config.meta.inner_steps,
-    episode_draw=config.meta.episodes,
-    exact=config.meta.exact,
+    inner=Inner(
+      inner, config.meta.inner_steps, config.meta.episodes, config.meta.exact, unroll
+    ),
     objective=objective,
-    learn_on=sparsity.learn_on,
-    hypergradient=sparsity.hypergradient,
-    truncation=sparsity.truncation,
-    solver=Solver(**sparsity.solver),
-    tangent_decay=sparsity.tangent_decay,
-    tangent_max_norm=sparsity.tangent_max_norm,
+    hypergradient=Hypergradient(
+      sparsity.hypergradient,
+      sparsity.learn_on,
+      sparsity.truncation,
+      Solver(**sparsity.solver),
+      sparsity.tangent_decay,
+      sparsity.tangent_max_norm,
+    ),
     settled=settled,
-    unroll=unroll,
   )
   train_step = make_step(rho_optimizer=rho_optimizer if learned else None)
   # A budget that is not met still needs its λ.

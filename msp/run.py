@@ -270,7 +270,8 @@ def open_run(
     (len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices
   )
   labels = data.labels(config.data.name)
-  build(config, labels, workdir=workdir)  # tells what is wrong with the configuration
+  # Tells what is wrong with the configuration before any data is prepared.
+  experiment = build(config, labels, workdir=workdir)
   _check_batch(config, len(devices))
   processes.first_does(lambda: dataset.prepare(config, skip_corrupt=skip_corrupt))
   # The others find it done, or have a disk of their own.
@@ -302,8 +303,8 @@ def open_run(
       'set sparsity.rise=0'
     )
   own = parts.train if config.sparsity.learn_on == 'query' else parts.hold_out
-  hold_out_images = 1 if own is None else len(own)
-  experiment = build(config, labels, hold_out_images, workdir)
+  if own is not None and config.sparsity.objective == 'tolerance':
+    experiment = build(config, labels, len(own), workdir)  # for its standard errors
   logger.info(
     'on %d × %s, %d process(es); computing in %s',
     len(devices),

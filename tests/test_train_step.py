@@ -19,11 +19,12 @@ import msp
 from msp import episodes, transforms
 from msp import groups as gr
 from msp import tasks as task_module
+from msp.episodes import Combination, Hypergradient, Inner, task_losses
 from msp.hypergradient import Solver, online, zero_tangent
 from msp.models import multitask
 from msp.objectives import Objective, make_twin
 from msp.train_state import TrainState
-from msp.train_step import Combination, make_train_step, task_losses
+from msp.train_step import make_train_step
 
 SIZE = (16, 16)
 INNER_RATE, OUTER_RATE, RHO_RATE = 0.1, 0.01, 0.5
@@ -96,12 +97,20 @@ class Problem(NamedTuple):
     return state._replace(**kwargs)
 
   def step(self, outer, **kwargs):
-    kwargs = {
-      'combination': Combination(),
-      'hypergradient': 'reverse',
-      'unroll': True,
-    } | kwargs
-    return jit(make_train_step(self.model, self.tasks, self.groups, outer, **kwargs))
+    inner = {'inner': None, 'inner_steps': 0, 'episode_draw': 'full', 'exact': True}
+    mode = {'hypergradient': 'reverse', 'learn_on': 'hold_out', 'truncation': 1}
+    mode |= {'solver': Solver(), 'tangent_decay': 0.99, 'tangent_max_norm': 1.0}
+    take = lambda known: [kwargs.pop(name, value) for name, value in known.items()]
+    step = make_train_step(
+      self.model,
+      self.tasks,
+      self.groups,
+      outer,
+      inner=Inner(*take(inner), unroll=kwargs.pop('unroll', True)),
+      hypergradient=Hypergradient(*take(mode)),
+      **{'combination': Combination()} | kwargs,
+    )
+    return jit(step)
 
 
 def problem(names, *, real=False, uncertainty=False):
