@@ -1,5 +1,6 @@
 """The examples as a user runs them; data sets and transforms of one's own."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -25,6 +26,13 @@ def test_lambda_of_a_model_of_ones_own_forgets_its_start(capsys):
     assert '[0, 1, 2, 3' in line  # the inputs that matter
     assert float(line.split()[2]) < 0.5 * float(without.split()[2])
     assert 60 < float(line.split()[3].rstrip('%')) < 95
+
+
+def test_the_snippet_of_the_readme(capsys):
+  text = (EXAMPLES.parent / 'README.md').read_text()
+  (snippet,) = re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
+  exec(snippet, {})
+  assert float(capsys.readouterr().out) == 0.0  # one step kills nothing
 
 
 @pytest.fixture

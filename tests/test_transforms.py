@@ -486,23 +486,66 @@ def transform_cases(found):
   yield 'adaptive inject', optax.inject_hyperparams(adaptive)(learning_rate=0.1)
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    'sgd',
-    'lion',
-    'schedule',
-    'rmsprop',
-    'multi_steps',
-    'masked',
-    'partition',
-    'inject',
-    'adaptive multi_steps',
-    'adaptive masked',
-    'adaptive partition',
-    'adaptive inject',
-  ],
+CASES = (
+  'sgd',
+  'lion',
+  'schedule',
+  'rmsprop',
+  'multi_steps',
+  'masked',
+  'partition',
+  'inject',
+  'adaptive multi_steps',
+  'adaptive masked',
+  'adaptive partition',
+  'adaptive inject',
 )
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_a_composition_does_what_its_parts_do(name):
+  """The optimiser's own step and then the prox, written out."""
+  params, lam = make_params(), 0.3
+  found = gr.find(params)
+  tx = optax.with_extra_args_support(dict(transform_cases(found))[name])
+  state, new = tx.init(params), params
+  for _ in range(4):
+    updates, state = tx.update(GRADS, state, new, sparsity=lam)
+    new = optax.apply_updates(new, updates)
+
+  rate = optax.linear_schedule(0.1, 0.0, 9) if name == 'schedule' else lambda _: 0.1
+  makes = {'sgd': functools.partial(optax.sgd, momentum=0.9), 'lion': optax.lion}
+  makes |= {'schedule': optax.adamw, 'rmsprop': optax.rmsprop}
+  plain = optax.adam if name.startswith('adaptive') else optax.sgd
+  optimizer = makes.get(name, plain)(rate)
+  own, want = optimizer.init(params), params
+  kind = prox.get_penalty('l1' if name == 'rmsprop' else 'group_lasso')
+  for step in range(2 if 'multi_steps' in name else 4):
+    updates, own = optimizer.update(GRADS, own, want)
+    want = optax.apply_updates(want, updates)
+    kernels = gr.select(found, want)
+    if name == 'masked':
+      kernels = {k: v for k, v in kernels.items() if 'stem' in k}
+    for layer, x in kernels.items():
+      if plain is optax.adam or name in ('schedule', 'rmsprop'):
+        (nu,) = [s.nu for s in own if hasattr(s, 'nu')]
+        second = gr.by_path(nu)[layer]
+        if name == 'rmsprop':
+          metric = jnp.sqrt(second + 1e-8)
+        else:
+          metric = jnp.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8
+        z = kind.prox_weighted(x, metric, rate(step), lam, -2)
+      else:
+        z = kind.prox(x, rate(step), lam, -2)
+      want = gr.replace(want, {layer: z})
+  for layer, z in gr.select(found, want).items():
+    np.testing.assert_allclose(
+      gr.select(found, new)[layer], z, rtol=1e-3, atol=1e-5, err_msg=layer
+    )
+    assert not np.array_equal(z, gr.by_path(params)[layer])
+
+
+@pytest.mark.parametrize('name', CASES)
 def test_composes_with_optax(name):
   params = make_params()
   found = gr.find(params)
