@@ -28,6 +28,29 @@ from msp.train_step import Step, make_train_step
 UNROLLED = 3
 
 
+# Where the number of a field has to lie: between these two, with or without them.
+RANGES = {
+  'seed': (0, 2**31, '[)'),
+  'data.eval_examples': (0, math.inf, '[)'),
+  'data.train_share': (0, 1, '(]'),
+  'meta.inner_steps': (0, math.inf, '[)'),
+  'sparsity.min_alive': (0, math.inf, '[)'),
+  'sparsity.rise': (0, 1, '[]'),
+  'sparsity.search': (0, 1, '[)'),
+  'sparsity.settle': (0, 1, '[)'),
+  'sparsity.solver.max_iterations': (1, math.inf, '[)'),
+  'sparsity.solver.tolerance': (0, 1, '()'),
+  'sparsity.start': (0, 1, '(]'),
+  'sparsity.tangent_decay': (0, 1, '(]'),
+  'sparsity.tangent_max_norm': (0, math.inf, '(]'),  # inf never clips
+  'train.evaluate_every': (1, math.inf, '[)'),
+  'train.log_every': (1, math.inf, '[)'),
+  'train.patience': (0, math.inf, '[)'),
+  'train.statistics_batches': (0, math.inf, '[)'),
+  'train.steps': (1, math.inf, '[)'),
+}
+
+
 class Experiment(NamedTuple):
   """What a configuration means, as functions of arrays."""
 
@@ -272,6 +295,11 @@ def _objective(config, model, shape, hold_out_images):
   return objective if budget else objective._replace(measure='groups')
 
 
+def _field(config, name):
+  """The value of a field by its dotted name."""
+  return functools.reduce(lambda node, part: node[part], name.split('.'), config)
+
+
 def _check(config):
   """The checks that need more than one field, or that no other module makes."""
   dataset.check(config)
@@ -284,28 +312,18 @@ def _check(config):
     'meta.unroll': ('auto', 'yes', 'no'),
   }
   for field, known in choices.items():
-    value = functools.reduce(lambda node, name: node[name], field.split('.'), config)
+    value = _field(config, field)
     if value not in known:
       raise UserError(f'{field} is {value!r}; known: {", ".join(known)}')
-  for field in ('train.steps', 'train.log_every', 'train.evaluate_every'):
-    section, name = field.split('.')
-    if config[section][name] < 1:
-      raise UserError(f'{field} is {config[section][name]}; it has to be at least 1')
-  for field in (
-    'train.patience',
-    'train.statistics_batches',
-    'data.eval_examples',
-    'sparsity.min_alive',
-  ):
-    section, name = field.split('.')
-    if config[section][name] < 0:
-      raise UserError(f'{field} is {config[section][name]}; it has to be at least 0')
-  if not 0 <= config.seed < 2**31:
-    raise UserError(f'seed is {config.seed}; it has to be in [0, 2^31)')
-  if not 0 < config.data.train_share <= 1:
-    raise UserError(
-      f'data.train_share is {config.data.train_share}; it has to be in (0, 1]'
-    )
+  for field, (lower, upper, ends) in RANGES.items():
+    value = _field(config, field)
+    above = value >= lower if ends[0] == '[' else value > lower
+    below = value <= upper if ends[1] == ']' else value < upper
+    if not (above and below):
+      interval = f'in {ends[0]}{lower}, {upper}{ends[1]}'
+      if upper == math.inf:
+        interval = f'at least {lower}' if ends[0] == '[' else f'above {lower}'
+      raise UserError(f'{field} is {value}; it has to be {interval}')
   missing = config.data.missing
   if not 0 <= missing < 1 or (missing and len(config.tasks) < 2):
     raise UserError(
@@ -318,27 +336,10 @@ def _check(config):
       'sparsity.coefficient=frozen keeps the dead groups of config.initial dead, and '
       'that is empty; name a run there'
     )
-  if inner_steps < 0:
-    raise UserError(f'meta.inner_steps is {inner_steps}; it has to be at least 0')
   if sparsity.coefficient == 'fixed' and not 0 < sparsity.value < math.inf:
     raise UserError(
       f'sparsity.value is {sparsity.value}; a fixed λ has to be a number above 0 '
       f'(for a dense run set sparsity.coefficient=none)'
-    )
-  if not 0 <= sparsity.settle < 1:
-    raise UserError(
-      f'sparsity.settle is {sparsity.settle}; the share of the steps, the last ones, '
-      f'in which dead groups stay dead has to be in [0, 1)'
-    )
-  if not 0 <= sparsity.search < 1:
-    raise UserError(
-      f'sparsity.search is {sparsity.search}; the share of the steps that only search '
-      f'for λ has to be in [0, 1)'
-    )
-  if not 0 <= sparsity.rise <= 1:
-    raise UserError(
-      f'sparsity.rise is {sparsity.rise}; the share of the steps in which a budget is '
-      f'approached, or more and more may be dead, has to be in [0, 1]'
     )
   if sparsity.coefficient != 'learned':
     return
@@ -364,28 +365,10 @@ def _check(config):
       f'sparsity.truncation is {sparsity.truncation}; of meta.inner_steps='
       f'{inner_steps} steps the derivative can see 1 to {inner_steps}'
     )
-  if not 0 < sparsity.solver.tolerance < 1 or sparsity.solver.max_iterations < 1:
-    raise UserError(
-      f'sparsity.solver has tolerance {sparsity.solver.tolerance} and max_iterations '
-      f'{sparsity.solver.max_iterations}; it needs a tolerance in (0, 1) and at least '
-      f'one iteration'
-    )
-  if not 0 < sparsity.tangent_decay <= 1:
-    raise UserError(
-      f'sparsity.tangent_decay is {sparsity.tangent_decay}; it has to be in (0, 1]'
-    )
-  if not sparsity.tangent_max_norm > 0:
-    raise UserError(
-      f'sparsity.tangent_max_norm is {sparsity.tangent_max_norm}; it has to be above 0'
-    )
   if sparsity.search > 1 - sparsity.settle:
     raise UserError(
       f'sparsity.search is {sparsity.search} and sparsity.settle {sparsity.settle}: '
       f'the search for λ has to end before dead groups stay dead'
-    )
-  if not 0 < sparsity.start <= 1:
-    raise UserError(
-      f'sparsity.start is {sparsity.start}; λ/λ_max has to start in (0, 1]'
     )
   if uses_hold_out(config) and not 0 < config.data.hold_out < 1:
     raise UserError(

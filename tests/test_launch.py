@@ -237,7 +237,7 @@ MISTAKES = [
     {'loss.combination': 'fixed', 'loss.weights': (1.0, -1.0)},
     r'loss.weights is \(1\.0, -1\.0\); it has to be numbers of at least 0',
   ),
-  ({'seed': -1}, r'seed is -1; it has to be in \[0, 2\^31\)'),
+  ({'seed': -1}, r'seed is -1; it has to be in \[0, 2147483648\)'),
   ({'sparsity.min_alive': -1}, 'min_alive is -1; it has to be at least 0'),
   ({'optimizer': []}, 'optimizer is empty; name at least one transform'),
   ({'model.depth': 34}, 'unknown model depth 34: choose one of 18, 50, 101'),
@@ -335,7 +335,7 @@ MISTAKES = [
     'has momentum or moments, or a schedule; use plain sgd there',
   ),
   ({'sparsity.solver.name': 'lu'}, "solver.name is 'lu'; known: cg, neumann"),
-  ({'sparsity.solver.tolerance': 0.0}, 'sparsity.solver has tolerance 0.0'),
+  ({'sparsity.solver.tolerance': 0.0}, 'solver.tolerance is 0.0; it has to be in'),
   ({'sparsity.coefficient': 'learn'}, "sparsity.coefficient is 'learn'; known: none"),
   ({'sparsity.coefficient': 'fixed'}, 'sparsity.value is 0.0; a fixed λ has to be'),
   (
