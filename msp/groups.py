@@ -277,6 +277,11 @@ def replace(tree: PyTree, leaves: Mapping[str, jax.Array]) -> PyTree:
   )
 
 
+def is_function(value: Any) -> bool:
+  """Whether it is one, as a schedule is; an `nnx.Param` can be called, too."""
+  return callable(value) and not hasattr(value, 'shape')
+
+
 def coefficients(groups: Groups, sparsity: jax.Array | float) -> dict[str, jax.Array]:
   """λ of every layer.
 
@@ -290,8 +295,7 @@ def coefficients(groups: Groups, sparsity: jax.Array | float) -> dict[str, jax.A
   Raises:
     UserError: `sparsity` has neither shape; it is known, and below 0 or not a number.
   """
-  is_function = callable(sparsity) and not hasattr(sparsity, 'shape')  # no nnx.Param
-  if isinstance(sparsity, Mapping) or is_function:
+  if isinstance(sparsity, Mapping) or is_function(sparsity):
     raise UserError(
       f'sparsity coefficient is a {type(sparsity).__name__}: expected a scalar or '
       f'{len(groups.names)} entries ({", ".join(groups.names)})'

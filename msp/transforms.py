@@ -263,13 +263,9 @@ def freeze_dead(groups: gr.Groups) -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_schedule(value):
-  return callable(value) and not hasattr(value, 'shape')  # an nnx.Param is both
-
-
 def _at(value, count):
   """A number as it is, a schedule at its step."""
-  return value(count) if _is_schedule(value) else value
+  return value(count) if gr.is_function(value) else value
 
 
 def _coefficient(given, default, count):
@@ -285,7 +281,7 @@ def _check_step(penalty, learning_rate):
   if penalty.max_step == math.inf or isinstance(learning_rate, jax.core.Tracer):
     return
   steps = learning_rate
-  if _is_schedule(learning_rate):
+  if gr.is_function(learning_rate):
     counts = np.unique(np.geomspace(1, 1e6, 2000).astype(np.int32))
     with jax.ensure_compile_time_eval():  # also where the transform is made in a jit
       steps = jax.vmap(learning_rate)(jnp.asarray([0, *counts]))
