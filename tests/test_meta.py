@@ -557,3 +557,19 @@ def test_memory_of_a_loop_does_not_grow_with_its_steps(derivative):
     return compiled.memory_analysis().temp_size_in_bytes
 
   assert temporaries(10) < 1.5 * temporaries(1)
+
+
+def test_a_coefficient_may_be_a_python_number():
+  def step(state, rho):
+    params, none = state
+    loss, grads = jax.value_and_grad(lambda p: jnp.sum(p**2) * jnp.exp(rho))(params)
+    return (params - 0.1 * grads, none), loss, None
+
+  state = (jnp.arange(3.0), None)
+  numbers, arrays = (
+    online(step, state, rho, zero_tangent(state, rho), max_norm=jnp.inf)
+    for rho in (0.5, jnp.asarray(0.5))
+  )
+  assert numbers[3].shape == ()
+  np.testing.assert_array_equal(numbers[3], arrays[3])
+  np.testing.assert_array_equal(numbers[4][0], arrays[4][0])
