@@ -228,7 +228,9 @@ def _export_onnx(predict, shape, images):
   return content
 
 
-def _trained(config, workdir, devices, skip_corrupt) -> tuple[Run, TrainState, int]:
+def _trained(
+  config, workdir, devices, skip_corrupt=False
+) -> tuple[Run, TrainState, int]:
   """The run of a work directory, its latest state, and the step of that."""
   if not (workdir / 'checkpoints').is_dir():
     raise UserError(
