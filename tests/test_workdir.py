@@ -104,17 +104,21 @@ def test_a_damaged_configuration_is_named(tmp_path, content):
     workdir.claim(tmp_path, config())
 
 
-def test_an_interrupted_write_leaves_the_old_content(tmp_path):
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError(28, 'No space left')])
+def test_an_interrupted_write_leaves_the_old_content(tmp_path, error):
   path = tmp_path / 'file'
   workdir.write(path, b'old')
 
   def fail(f):
     f.write(b'ne')
-    raise KeyboardInterrupt
+    raise error
 
-  with pytest.raises(KeyboardInterrupt):
+  with pytest.raises(type(error)):
     workdir.write(path, fail)
   assert path.read_bytes() == b'old'
+  # A full disk is not filled further; what a kill leaves is written over.
+  if isinstance(error, OSError):
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
 
 
 def test_groups_are_written_by_layer(tmp_path):
