@@ -1,9 +1,7 @@
 """Meta-Sparsity (arXiv 2501.12115) on CamVid street scenes: λ is learned.
 
-λ is moved by the hypergradient through the inner steps, as published, within a trust
-region. For a λ that sees further: --config.sparsity.hypergradient=online; for a given
-sparsity: --config.sparsity.objective=budget --config.sparsity.target=0.7; for a given
-loss: --config.sparsity.objective=tolerance (the default of 'tiny'). See README.md.
+As published, within a trust region; 'tiny' has a tolerance instead. What else may move
+λ, and what it has been worth: README.md, "Which objective for λ?".
 
 Full size (one accelerator or more):
   python launch.py --config configs/camvid_meta.py --config.data.source=/path/to/CamVid

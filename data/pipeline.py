@@ -86,7 +86,7 @@ def open(
   """Opens a prepared data set.
 
   Args:
-    name: `celebamask_hq`, `camvid` or `nyud_mt`.
+    name: of the data set; see `preparation.data_set`.
     prepared: folder under which it was built.
     image_size: (H, W) it was built with.
     hold_out: fraction of train that is kept apart to train the sparsity

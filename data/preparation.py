@@ -103,7 +103,7 @@ def labels(name: str) -> dict[str, Label]:
   """Every task of a data set.
 
   Args:
-    name: `celebamask_hq`, `camvid` or `nyud_mt`.
+    name: of the data set; see `data_set`.
 
   Returns:
     Task name -> kind and classes of its label.
@@ -183,7 +183,7 @@ def prepare(
   another process builds the same one, this one waits.
 
   Args:
-    name: `celebamask_hq`, `camvid` or `nyud_mt`.
+    name: of the data set; see `data_set`.
     source: folder that holds the published files.
     prepared: folder under which data sets are built.
     image_size: (H, W) in pixels to resize to.

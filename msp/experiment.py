@@ -170,14 +170,12 @@ def build(
     sparsity.optimizers[objective.kind], f'sparsity.optimizers.{objective.kind}'
   )
   _check_traced(config, abstract, outer, inner)
-  implicit = differentiated and sparsity.hypergradient == 'implicit'
-  if implicit and not optimizers.has_fixed_point(
-    config.meta.optimizer, inner, abstract
-  ):
+  moving = optimizers.moving_part(config.meta.optimizer, inner, abstract)
+  if moving and differentiated and sparsity.hypergradient == 'implicit':
     raise UserError(
-      'sparsity.hypergradient=implicit needs inner steps with a fixed point, but '
-      'meta.optimizer has momentum or moments, or a schedule; use plain sgd there, or '
-      'sparsity.hypergradient=forward'
+      f'sparsity.hypergradient=implicit needs inner steps with a fixed point, but '
+      f'meta.optimizer has {moving}; use plain sgd there, or '
+      f'sparsity.hypergradient=forward'
     )
 
   def init(key, batch, arrays=({}, {})):

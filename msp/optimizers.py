@@ -25,7 +25,7 @@ def build(
   """Chains the transforms a configuration names.
 
   Args:
-    entries: mappings with a `name`, looked up here and then in optax (dotted
+    entries: mappings with a `name`, one of `msp.transforms` or of optax (dotted
       names such as 'contrib.prodigy' too); 'module:function' is one of your own. The
       other items are its arguments. A learning_rate that is a mapping names a
       schedule of optax in the same way.
@@ -146,19 +146,27 @@ def with_prox(
   )
 
 
-def has_fixed_point(
+def moving_part(
   entries: Sequence[Mapping[str, Any]],
   tx: optax.GradientTransformation,
   params: PyTree,
-) -> bool:
-  """Whether a step is one and the same map of θ: no momentum, moments or schedule."""
-  moments = any(
-    jnp.issubdtype(leaf.dtype, jnp.floating)
-    for leaf in jax.tree.leaves(jax.eval_shape(tx.init, params))
-  )
-  return not moments and not any(
-    hasattr(entry.get('learning_rate'), 'items') for entry in entries
-  )
+) -> str | None:
+  """What keeps a step from being one and the same map of θ; None: nothing does.
+
+  Args:
+    entries: as of `build`.
+    tx: what was made of them.
+    params: θ, or its shapes.
+
+  Returns:
+    'a schedule', 'momentum or moments', or None.
+  """
+  if any(hasattr(entry.get('learning_rate'), 'items') for entry in entries):
+    return 'a schedule'
+  state = jax.tree.leaves(jax.eval_shape(tx.init, params))
+  if any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in state):
+    return 'momentum or moments'
+  return None
 
 
 # What the functions of optax raise on arguments that they do not check.

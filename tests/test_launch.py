@@ -328,11 +328,11 @@ MISTAKES = [
   ),
   (
     {'sparsity.hypergradient': 'implicit', 'meta.optimizer': MOMENTUM},
-    'has momentum or moments, or a schedule; use plain sgd there',
+    'momentum or moments; use plain sgd there',
   ),
   (
     {'sparsity.hypergradient': 'implicit', 'meta.optimizer': SCHEDULED},
-    'has momentum or moments, or a schedule; use plain sgd there',
+    'a schedule; use plain sgd there',
   ),
   ({'sparsity.solver.name': 'lu'}, "solver.name is 'lu'; known: cg, neumann"),
   ({'sparsity.solver.tolerance': 0.0}, 'solver.tolerance is 0.0; it has to be in'),
