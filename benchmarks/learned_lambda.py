@@ -54,7 +54,7 @@ ROWS = {
       HOLDOUT | {'meta.inner_steps': steps, 'sparsity.start': start},
     )
     for steps in (1, 3, 5, 10)
-    for start in (1e-3, 0.5)
+    for start in (1e-3, 1e-2, 1e-1, 0.5)
   },
   **{
     f'meta online from {start:g}': (True, ONLINE | {'sparsity.start': start})
@@ -68,7 +68,7 @@ ROWS = {
       {'meta.inner_steps': steps, 'sparsity.start': start},
     )
     for steps in (1, 3, 5, 10)
-    for start in (1e-3, 0.5)
+    for start in (1e-3, 1e-2, 1e-1, 0.5)
   },
   # One change each, of 'tolerance from 0.01', of 'budget 0.7' and of 'meta'.
   **{
