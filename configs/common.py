@@ -54,7 +54,8 @@ def base() -> ConfigDict:
   config.loss = ConfigDict()
   config.loss.combination = 'uncertainty'  # 'sum' | 'fixed' | 'uncertainty'
   config.loss.weights = ()  # of 'fixed', in the order of the tasks
-  config.loss.resolution = 'output'  # 'output' (1/8, as published) | 'label'
+  # 'output' (1/8, as published; edges at the labels') | 'label'
+  config.loss.resolution = 'output'
   config.loss.edges = 'huber'  # 'huber' | 'balanced'
   config.loss.depth = 'squared'  # 'squared' (published) | 'combined'
 
@@ -86,7 +87,8 @@ def base() -> ConfigDict:
   config.sparsity.axis = 'in'  # 'in' | 'out' | 'weight' | 'coupled'
   config.sparsity.pattern = r'backbone/.*kernel'
   config.sparsity.granularity = 'scalar'  # 'scalar' | 'stage' | 'layer'
-  config.sparsity.metric = 'adam'  # of the outer prox: 'adam' | 'euclidean'
+  # Of the outer prox: 'adam' | 'euclidean'; the inner one follows its optimiser.
+  config.sparsity.metric = 'adam'
   config.sparsity.min_alive = 1  # groups of each layer that survive
   # Share of the steps, the last ones, in which dead groups stay dead, see
   # msp.transforms.freeze_dead, and λ stands still (a budget: until it is met).

@@ -5,7 +5,7 @@ label made up by that. The builders import no TensorFlow.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,22 @@ def size_config(image_size: tuple[int, int]) -> SizeConfig:
   """The configuration of one image size, named HxW."""
   rows, columns = image_size
   return SizeConfig(name=f'{rows}x{columns}', image_size=(rows, columns))
+
+
+def last_fraction(names: Sequence[str], fraction: float) -> np.ndarray:
+  """Which train examples are held out: the last `fraction` in stored order.
+
+  A part of the scenes as good as any, where that order is of hashes of the names.
+
+  Args:
+    names: of the train examples, in stored order.
+    fraction: of the train examples, in [0, 1).
+
+  Returns:
+    (len(names),) bool.
+  """
+  count = len(names)
+  return np.arange(count) >= count - round(fraction * count)
 
 
 class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

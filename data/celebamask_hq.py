@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data.builder import FileBuilder
+from data.builder import FileBuilder, last_fraction
 from data.errors import DataError
 from data.files import read_image, read_mask, resize_label
 from data.labels import Label
@@ -333,18 +333,7 @@ def task_labels(
   return labels
 
 
-def hold_out_mask(names: Sequence[str], fraction: float) -> np.ndarray:
-  """Which train examples are held out: the last `fraction` in hash order.
-
-  Args:
-    names: of the train examples, in stored order (the order of the hash).
-    fraction: of the train examples, in [0, 1).
-
-  Returns:
-    (len(names),) bool.
-  """
-  count = len(names)
-  return np.arange(count) >= count - round(fraction * count)
+hold_out_mask = last_fraction
 
 
 class CelebamaskHq(FileBuilder):

@@ -46,7 +46,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data.builder import FileBuilder
+from data.builder import FileBuilder, last_fraction
 from data.errors import DataError
 from data.files import (
   read_array,
@@ -302,18 +302,7 @@ def task_labels(
   return {task: records[task].astype(types.get(task, np.float32)) for task in tasks}
 
 
-def hold_out_mask(names: Sequence[str], fraction: float) -> np.ndarray:
-  """Which train pictures are held out: the last `fraction` in hash order.
-
-  Args:
-    names: of the train pictures, in stored order (the order of the hash).
-    fraction: of the train pictures, in [0, 1).
-
-  Returns:
-    (len(names),) bool.
-  """
-  count = len(names)
-  return np.arange(count) >= count - round(fraction * count)
+hold_out_mask = last_fraction
 
 
 class NyudMt(FileBuilder):

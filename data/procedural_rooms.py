@@ -1361,7 +1361,7 @@ def _photograph(room: Room, frames: _Frames, hits: _Hits, rng) -> np.ndarray:
     received = (towards * normals).sum(0) / np.sqrt(square) / (1 + square / 4)
     np.maximum(received, 0, out=received)
     if at_ceiling:
-      _cast_shadows(room, frames, points, world, normals, solid, position, received)
+      _cast_shadows(room, frames, world, normals, solid, position, received)
     light += colour[:, None] * received
   light *= _corner_shade(room, world, normals)
   albedo *= light + glow
@@ -1391,9 +1391,7 @@ def _corner_shade(room: Room, world, normals) -> np.ndarray:
   return shade
 
 
-def _cast_shadows(
-  room, frames, points, world, normals, solid, position, received
-) -> None:
+def _cast_shadows(room, frames, world, normals, solid, position, received) -> None:
   """Sets `received` to 0 where a solid stands between a point and the light.
 
   The light is above all that casts shadows here. Seen from it, through a plane below

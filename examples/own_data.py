@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data.builder import FileBuilder
+from data.builder import FileBuilder, last_fraction
 from data.errors import DataError
 from data.files import read_image, read_label, resize_label
 from data.labels import Label
@@ -85,9 +85,7 @@ def task_labels(records, tasks):
   return {task: labels[task] for task in tasks}
 
 
-def hold_out_mask(names, fraction):
-  """Which train pictures λ is learned on: here the last ones, (len(names),) bool."""
-  return np.arange(len(names)) >= len(names) - round(fraction * len(names))
+hold_out_mask = last_fraction
 
 
 class OwnData(FileBuilder):

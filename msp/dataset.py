@@ -27,7 +27,7 @@ def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
     UserError, data.DataError: what is wrong with the settings or the data.
   """
   check(config)
-  _tasks(config)
+  make_tasks(config)
   source, prepared = folders(config)
   size = tuple(config.data.image_size)
   if config.data.procedural_images:
@@ -58,7 +58,7 @@ def contact_sheet(config: ConfigDict) -> Path:
   Returns:
     Path of the picture, beside the prepared data set: each image with its labels.
   """
-  tasks = _tasks(config)
+  tasks = make_tasks(config)
   train_part = splits(config).train
   stream = data.train_iterator(
     train_part,
@@ -82,7 +82,8 @@ def contact_sheet(config: ConfigDict) -> Path:
   return path
 
 
-def _tasks(config):
+def make_tasks(config: ConfigDict) -> dict[str, task_module.Task]:
+  """The tasks of a configuration, by name, with the default forms of their losses."""
   return task_module.make(config.tasks, data.labels(config.data.name))
 
 

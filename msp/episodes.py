@@ -89,6 +89,7 @@ class Inner(NamedTuple):
     episodes: 'full', 'all' or a number; see `draw`. Without inner steps 'full'.
     exact: whether the gradient in θ⁰ runs through the steps or stops at θᴷ.
     unroll: inner steps and episodes as one straight program (CPU) or as loops.
+    truncation: how many of the K steps derivatives see, in θ⁰ and in ρ; None: all.
   """
 
   optimizer: optax.GradientTransformation | None = None
@@ -96,6 +97,7 @@ class Inner(NamedTuple):
   episodes: str | int = 'full'
   exact: bool = True
   unroll: bool = False
+  truncation: int | None = None
 
 
 class Hypergradient(NamedTuple):
@@ -103,9 +105,9 @@ class Hypergradient(NamedTuple):
 
   Attributes:
     mode: 'online' | 'forward' | 'reverse' | 'truncated' | 'implicit'; see
-      `msp.hypergradient`. Only 'online' learns λ without inner steps.
+      `msp.hypergradient`. Only 'online' learns λ without inner steps; 'truncated' is
+      'reverse' through what `Inner.truncation` leaves.
     learn_on: the part of the batches that ρ is learned on; 'query' is what θ⁰ sees.
-    truncation: of 'truncated', how many of the K steps derivatives see.
     solver: of 'implicit'.
     decay: γ of 'online'.
     max_norm: bound of the tangent of 'online'.
@@ -113,7 +115,6 @@ class Hypergradient(NamedTuple):
 
   mode: str = 'forward'
   learn_on: str = 'hold_out'
-  truncation: int = 1
   solver: Solver = CG
   decay: float = 0.99
   max_norm: float = 1.0
@@ -230,7 +231,7 @@ def make_episodes(
         inner.optimizer,
         sparsity=coefficient(rho, state.lambda_max),
         has_aux=True,
-        truncation=hypergradient.truncation if mode == 'truncated' else None,
+        truncation=inner.truncation,
         unroll=inner.unroll,
         # The exact gradient holds a derivative already, which 'online' takes again.
         twice_differentiable=inner.exact and mode == 'online',

@@ -80,7 +80,7 @@ def build(
     workdir: of the run; once it has checkpoints, `config.initial` is not read again.
 
   Returns:
-    The experiment; nothing has been computed yet.
+    The experiment. Weights from outside are in memory; no step has been compiled.
 
   Raises:
     UserError: a field that is unknown, impossible, or at odds with another one.
@@ -102,7 +102,7 @@ def build(
   if network['convolution_implementation'] == 'auto' and jax.default_backend() == 'cpu':
     # XLA's own narrow convolutions are the faster ones on CPU, but 7 to 35 times slower
     # in a loop body, where matrix products are not.
-    straight = unroll or config.meta.inner_steps == 0
+    straight = unroll or steps == 0
     # So are the solver of the implicit hypergradient, and tangents of several λ.
     several = config.sparsity.granularity != 'scalar'
     loops = ('implicit', 'forward', 'online') if several else ('implicit',)
@@ -149,6 +149,7 @@ def build(
     objective.kind, len(groups.names)
   )
   online = differentiated and sparsity.hypergradient == 'online'
+  truncated = differentiated and sparsity.hypergradient == 'truncated'
   with_prox = functools.partial(
     optimizers.with_prox,
     penalty=penalty,
@@ -163,8 +164,8 @@ def build(
   inner = with_prox(
     config.meta.optimizer,
     'meta.optimizer',
-    metric='euclidean',
-    differentiated=differentiated,
+    metric=None,  # of the optimiser it follows
+    differentiated=differentiated or (steps > 0 and config.meta.exact),
   )
   rho_optimizer = optimizers.build(
     sparsity.optimizers[objective.kind], f'sparsity.optimizers.{objective.kind}'
@@ -225,16 +226,21 @@ def build(
     outer,
     combination=combination,
     inner=Inner(
-      inner, config.meta.inner_steps, config.meta.episodes, config.meta.exact, unroll
+      inner,
+      steps,
+      config.meta.episodes,
+      exact=config.meta.exact,
+      unroll=unroll,
+      # Of a λ that is learned by it; θ⁰'s stays as it is once λ stands still.
+      truncation=sparsity.truncation if truncated else None,
     ),
     objective=objective,
     hypergradient=Hypergradient(
-      sparsity.hypergradient,
-      sparsity.learn_on,
-      sparsity.truncation,
-      Solver(**sparsity.solver),
-      sparsity.tangent_decay,
-      sparsity.tangent_max_norm,
+      mode=sparsity.hypergradient,
+      learn_on=sparsity.learn_on,
+      solver=Solver(**sparsity.solver),
+      decay=sparsity.tangent_decay,
+      max_norm=sparsity.tangent_max_norm,
     ),
     settled=settled,
   )
@@ -270,10 +276,14 @@ def uses_hold_out(config: ConfigDict) -> bool:
   return sparsity.coefficient == 'learned' and own
 
 
+def query_images(config: ConfigDict) -> int:
+  """Query images of a batch, and as many hold-out images; the others are support."""
+  return config.train.batch_size // (2 if config.meta.inner_steps else 1)
+
+
 def _objective(config, model, shape, hold_out_images):
   """What λ is for."""
   sparsity = config.sparsity
-  share = config.train.batch_size // (2 if config.meta.inner_steps else 1)
   # No longer than until dead groups stay dead.
   rise, budget = 0, sparsity.objective == 'budget'
   if sparsity.objective != 'tolerance':
@@ -287,7 +297,7 @@ def _objective(config, model, shape, hold_out_images):
     tolerance=sparsity.tolerance,
     search=round(sparsity.search * config.train.steps),
     rise=rise,
-    hold_out_batches=max(hold_out_images / max(share, 1), 1.0),
+    hold_out_batches=max(hold_out_images / max(query_images(config), 1), 1.0),
   )
   objectives.check(objective)
   return objective if budget else objective._replace(measure='groups')

@@ -312,8 +312,8 @@ def online(
     rho: ρ, shape () or (n,).
     tangent: z, as `zero_tangent` lays it out.
     decay: γ in (0, 1].
-    max_norm: z is scaled down to ‖z_θ‖ ≤ max_norm · ‖θ⁰‖, which keeps it from
-      exploding where training is chaotic: λ = exp(ρ) cannot move the weights
+    max_norm: z is scaled down to ‖z_θ‖ ≤ max_norm · ‖θ⁰‖ of s', then by γ. It keeps z
+      from exploding where training is chaotic: λ = exp(ρ) cannot move the weights
       relatively faster than itself for long. `inf` never clips.
 
   Returns:

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msp import resize
+from msp import losses, resize
 from msp.errors import UserError
-from msp.losses import IGNORE, MAX_DEPTH, unit_normals
+from msp.losses import MAX_DEPTH, unit_normals
 
 Update = dict[str, jax.Array]
 
@@ -41,7 +41,7 @@ def segmentation_update(
   """
   classes = jnp.arange(logits.shape[-1])[None, None, None, :]
   predicted = jnp.argmax(resize.bilinear(logits, label.shape[1:]), axis=-1)
-  mask = (label != IGNORE) & valid[:, None, None]
+  mask = losses.has_class(label) & valid[:, None, None]
   in_label = (label[..., None] == classes) & mask[..., None]
   in_prediction = (predicted[..., None] == classes) & mask[..., None]
   correct = jnp.sum((predicted == label) & mask, axis=(1, 2))
@@ -99,7 +99,7 @@ def edges_update(logits: jax.Array, label: jax.Array, valid: jax.Array) -> Updat
     `error`: sum, shape (); `rest`, `edges`: pixels by k = ⌊100 σ(z)⌋, shape (100,).
   """
   p = jax.nn.sigmoid(resize.bilinear(logits, label.shape[1:])[..., 0])
-  mask = (label >= 0) & valid[:, None, None]
+  mask = losses.has_edge(label) & valid[:, None, None]
   bins = jnp.clip((p * BINS).astype(jnp.int32), 0, BINS - 1)
   count = lambda where: jnp.zeros(BINS, jnp.int32).at[bins].add(where)
   return {
@@ -145,7 +145,7 @@ def depth_update(logits: jax.Array, label: jax.Array, valid: jax.Array) -> Updat
     as sums; `images_without` a single measurement.
   """
   depth = MAX_DEPTH * jax.nn.sigmoid(resize.bilinear(logits, label.shape[1:])[..., 0])
-  mask = (label > 0) & valid[:, None, None]
+  mask = losses.has_depth(label) & valid[:, None, None]
   error = jnp.where(mask, jnp.abs(depth - label), 0)
   truth = jnp.where(mask, label, 1)
   ratio = jnp.where(mask, jnp.maximum(depth / truth, truth / depth), jnp.inf)
@@ -197,7 +197,7 @@ def normals_update(logits: jax.Array, label: jax.Array, valid: jax.Array) -> Upd
   angle = jnp.rad2deg(jnp.arctan2(cross, jnp.sum(predicted * label, axis=-1)))
   # Without a direction, as a dead backbone gives, every angle is as likely.
   angle = jnp.where(jnp.any(predicted != 0, axis=-1), angle, 90.0)
-  mask = jnp.any(label != 0, axis=-1) & valid[:, None, None]
+  mask = losses.has_normal(label) & valid[:, None, None]
   bins = jnp.clip((angle * (ANGLE_BINS / 180)).astype(jnp.int32), 0, ANGLE_BINS - 1)
   angle = jnp.where(mask, angle, 0)
   return {

@@ -28,7 +28,8 @@ def build(
     entries: mappings with a `name`, one of `msp.transforms` or of optax (dotted
       names such as 'contrib.prodigy' too); 'module:function' is one of your own. The
       other items are its arguments. A learning_rate that is a mapping names a
-      schedule of optax in the same way.
+      schedule of optax in the same way. Weight decay of optax leaves the learned
+      log-variances of the tasks alone, unless a mask says otherwise.
     where: the configuration field, for messages.
     differentiated: whether a hypergradient runs through the updates.
 
@@ -85,7 +86,7 @@ def with_prox(
   groups: gr.Groups,
   *,
   coefficient: str,
-  metric: str,
+  metric: str | None,
   settles: bool = False,
   min_alive: int | None = None,
   differentiated: bool = False,
@@ -100,7 +101,8 @@ def with_prox(
     groups: which leaves, and along which axis.
     coefficient: 'none' (no prox), 'frozen' (dead groups stay dead), 'fixed' or
       'learned'.
-    metric: of the prox: 'adam' or 'euclidean'.
+    metric: of the prox: 'adam', 'euclidean', or None: that of the step, if its
+      optimiser is one of `msp.transforms.metric_of`, else Euclidean.
     settles: whether updates are told when dead groups stay dead (`thaw`).
     min_alive: see `msp.proximal`.
     differentiated: whether a hypergradient runs through the updates.
@@ -131,19 +133,32 @@ def with_prox(
       f'{where}: {reason}; the prox needs the step size of the last transform'
     )
   learning_rate = step_size(last['learning_rate'], where)
+  factory = _find(last['name'], where)
+  if metric is None:
+    metric = 'adam' if factory in transforms.ADAPTIVE else 'euclidean'
   if metric == 'euclidean':
-    proximal = transforms.proximal(penalty, groups, learning_rate, min_alive=min_alive)
+    step = _whole_step(learning_rate, last.get('momentum'), where)
+    proximal = transforms.proximal(penalty, groups, step, min_alive=min_alive)
     return optax.chain(chain, proximal)
   options = {k: v for k, v in last.items() if k not in ('name', 'learning_rate')}
   try:
-    metric_of = transforms.metric_of(
-      functools.partial(_find(last['name'], where), **options)
-    )
+    metric_of = transforms.metric_of(functools.partial(factory, **options))
   except UserError as e:
     raise UserError(f'{where}: {e}') from None
   return transforms.adaptive_proximal(
     chain, penalty, groups, learning_rate, min_alive=min_alive, **metric_of._asdict()
   )
+
+
+def _whole_step(learning_rate, momentum, where):
+  """α/(1 − μ), what a gradient moves weights by in all the steps that remember it."""
+  if not momentum:
+    return learning_rate
+  if not 0 < momentum < 1:
+    raise UserError(f'{where}: momentum is {momentum}; it has to be in [0, 1)')
+  if gr.is_function(learning_rate):
+    return lambda count: learning_rate(count) / (1 - momentum)
+  return learning_rate / (1 - momentum)
 
 
 def moving_part(
@@ -208,7 +223,7 @@ def _resolve(entry, where, differentiated):
   factory = _find(name, where)
   if 'learning_rate' in entry:
     entry['learning_rate'] = step_size(entry['learning_rate'], where)
-  transform = _call(factory, name, entry, where)
+  transform = _call(_without_decay_of_log_vars(factory, name), name, entry, where)
   if not isinstance(transform, optax.GradientTransformation):
     raise UserError(f'{where}: {name!r} is not an optax transform')
   values = _arguments(factory, entry)
@@ -223,6 +238,17 @@ def _resolve(entry, where, differentiated):
       f'where a gradient is 0; {remedy}'
     )
   return transform
+
+
+def _without_decay_of_log_vars(factory, name):
+  """`factory` of optax with a mask by default: decay would bias the uncertainties."""
+  takes = inspect.signature(factory).parameters
+  masks = {'mask', 'weight_decay_mask'} & takes.keys()
+  if ':' in name or 'weight_decay' not in takes or not masks:
+    return factory
+  own = lambda path: 'log_vars' in gr.path_name(path).split('/')
+  decayed = lambda params: jax.tree.map_with_path(lambda path, _: not own(path), params)
+  return functools.partial(factory, **{masks.pop(): decayed})
 
 
 def _arguments(factory, given):

@@ -1,7 +1,8 @@
 """Proximal operators: pure functions of arrays.
 
 Each solves, for every group g of the kernel x along `axis` (None: every single
-weight), the problem its docstring states; `threshold` = step size · λ · √n_g.
+weight), the problem its docstring states. `threshold` is step size · λ · √n_g, that of
+single weights step size · λ.
 """
 
 import functools
@@ -334,7 +335,7 @@ class Penalty(NamedTuple):
       concave penalties are replaced by their tangent at ‖x_g‖, which lies above them
       (local linear approximation, Zou & Li, arXiv 0808.1012): in a metric their own
       problem has several minima wherever d < α/γ.
-    max_step: largest α for which `prox` has one minimum.
+    max_step: `prox` has one minimum for every α below it.
   """
 
   prox: Callable[..., jax.Array]

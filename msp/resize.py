@@ -29,10 +29,12 @@ def bilinear(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 def nearest(label: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Picks one label for each output pixel: that of row ⌊i·in/out⌋, column alike.
+  """Picks one label for each output pixel: the one in the middle of its cell.
 
-  The convention of the published systems (torch's `nearest`): when a map shrinks
-  by a whole factor, the upper left pixel of each cell, not the centre, is taken.
+  That of row ⌊(i + ½)·in/out⌋, column alike: where `bilinear` has output pixel i when
+  it brings logits up to the labels. (torch's `nearest`, as published, takes the upper
+  left pixel; metrics at the labels' resolution would then see all of a map moved by
+  half a cell.)
 
   Args:
     label: shape (B, H, W, …).
@@ -42,32 +44,7 @@ def nearest(label: jax.Array, size: tuple[int, int]) -> jax.Array:
     Shape (B, h, w, …), dtype of label.
   """
   rows, columns = (
-    np.arange(m) * n // m for n, m in zip(label.shape[1:3], size, strict=True)
+    (2 * np.arange(m) + 1) * n // (2 * m)
+    for n, m in zip(label.shape[1:3], size, strict=True)
   )
   return label[:, rows][:, :, columns]
-
-
-def cell_max(label: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """The largest label in each output pixel's cell.
-
-  Row i covers the source rows ⌊i·in/out⌋ to ⌈(i + 1)·in/out⌉ − 1. A thin edge
-  stays an edge, and ignored pixels (−1) count only where a cell has no other.
-
-  Args:
-    label: shape (B, H, W).
-    size: (h, w).
-
-  Returns:
-    Shape (B, h, w), dtype of label.
-  """
-  rows, columns = (_cells(n, m) for n, m in zip(label.shape[1:], size, strict=True))
-  return label[:, rows].max(axis=2)[:, :, columns].max(axis=3)
-
-
-def _cells(size_in, size_out):
-  """Shape (out, longest): source positions, shorter cells repeat their last."""
-  index = np.arange(size_out)
-  first = index * size_in // size_out
-  last = -(-(index + 1) * size_in // size_out) - 1
-  steps = np.arange((last - first).max() + 1)
-  return np.minimum(first[:, None] + steps[None, :], last[:, None])

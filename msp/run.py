@@ -19,7 +19,7 @@ from msp import groups as gr
 from msp.checkpoint import Checkpoints
 from msp.errors import UserError
 from msp.evaluate import evaluate, make_eval_step, make_statistics_step
-from msp.experiment import Experiment, build, uses_hold_out
+from msp.experiment import Experiment, build, query_images, uses_hold_out
 from msp.train_state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -117,9 +117,7 @@ class Run(NamedTuple):
     )
     streams = {'train': training(self.splits.train)}
     if uses_hold_out(c):
-      # As many hold-out images as query images.
-      share = c.train.batch_size // (2 if c.meta.inner_steps else 1)
-      streams['hold_out'] = training(self.splits.hold_out, batch_size=share)
+      streams['hold_out'] = training(self.splits.hold_out, batch_size=query_images(c))
     if self.experiment.settled_step is not None:
       whole = self.splits.with_hold_out(c.data.train_share, c.seed)
       streams['all'] = training(whole)

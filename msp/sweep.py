@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import data
-from msp import figures, report, train, writer
+from msp import dataset, figures, report, train, writer
 from msp import tasks as task_module
 from msp import workdir as workdir_module
 from msp.errors import UserError, one_line, words
@@ -197,7 +197,7 @@ def _run(sweep, entry, seed, workdir, failures, skip_corrupt) -> Result:
   (place / 'error.txt').unlink(missing_ok=True)  # of an earlier attempt
   return Result(
     config,
-    _make_tasks(config),
+    dataset.make_tasks(config),
     rows,
     layers,
   )
@@ -253,12 +253,8 @@ def tasks_of(sweep: ConfigDict) -> Tasks:
   return {
     name: task
     for entry in sweep.runs
-    for name, task in _make_tasks(entry.config).items()
+    for name, task in dataset.make_tasks(entry.config).items()
   }
-
-
-def _make_tasks(config):
-  return task_module.make(config.tasks, data.labels(config.data.name))
 
 
 def table(

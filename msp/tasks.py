@@ -58,8 +58,8 @@ def make(
     names: which ones.
     labels: those of the data set: anything with `.kind` and `.classes`, by name.
     loss_resolution: where losses are taken. 'output': labels come down to the
-      logits (the published way); edges by `resize.cell_max`, others by
-      `resize.nearest`. 'label': logits go up to the labels, bilinearly.
+      logits (the published way) by `resize.nearest`. 'label': logits go up to the
+      labels, bilinearly; those of edges, thinner than a cell, always do.
     edge_loss: 'huber' (published) | 'balanced'.
     depth_loss: 'squared' (published) | 'combined'.
 
@@ -101,9 +101,7 @@ def _segmentation(name, classes, *, at_label, **_):
     classes,
     outputs=len(classes),
     head='dense',
-    **_at_one_resolution(
-      losses.cross_entropy, losses.has_class, resize.nearest, at_label
-    ),
+    **_at_one_resolution(losses.cross_entropy, losses.has_class, at_label),
     update=metrics.segmentation_update,
     compute=functools.partial(metrics.segmentation_compute, classes=classes),
     primary='miou',
@@ -112,16 +110,14 @@ def _segmentation(name, classes, *, at_label, **_):
   )
 
 
-def _edges(name, classes, *, at_label, edge_loss, **_):
+def _edges(name, classes, *, edge_loss, **_):
   return Task(
     name,
     'edges',
     classes,
     outputs=1,
     head='dense',
-    **_at_one_resolution(
-      EDGE_LOSSES[edge_loss], losses.has_edge, resize.cell_max, at_label
-    ),
+    **_at_one_resolution(EDGE_LOSSES[edge_loss], losses.has_edge, at_label=True),
     update=metrics.edges_update,
     compute=metrics.edges_compute,
     primary='f1',
@@ -139,9 +135,7 @@ def _depth(name, classes, *, at_label, depth_loss, **_):
     classes,
     outputs=1,
     head='dense',
-    **_at_one_resolution(
-      DEPTH_LOSSES[depth_loss], losses.has_depth, resize.nearest, at_label
-    ),
+    **_at_one_resolution(DEPTH_LOSSES[depth_loss], losses.has_depth, at_label),
     update=metrics.depth_update,
     compute=metrics.depth_compute,
     primary='rmse',
@@ -159,9 +153,7 @@ def _normals(name, classes, *, at_label, **_):
     classes,
     outputs=3,
     head='dense',
-    **_at_one_resolution(
-      losses.cosine_normals, losses.has_normal, resize.nearest, at_label
-    ),
+    **_at_one_resolution(losses.cosine_normals, losses.has_normal, at_label),
     update=metrics.normals_update,
     compute=metrics.normals_compute,
     primary='mean_angle',
@@ -198,19 +190,19 @@ _KINDS = {
 }
 
 
-def _at_one_resolution(loss, labelled, shrink, at_label) -> dict[str, Loss]:
+def _at_one_resolution(loss, labelled, at_label) -> dict[str, Loss]:
   """`loss` and `count` of a task, where logits and labels have one resolution."""
 
   def resized(logits, label, valid):
     if at_label:
       logits = resize.bilinear(logits, label.shape[1:3])
     else:
-      label = shrink(label, logits.shape[1:3])
+      label = resize.nearest(label, logits.shape[1:3])
     return loss(logits, label, valid)
 
   def count(logits, label, valid):
     if not at_label:
-      label = shrink(label, logits.shape[1:3])
+      label = resize.nearest(label, logits.shape[1:3])
     return losses.count(labelled(label), valid)
 
   return {'loss': resized, 'count': count}

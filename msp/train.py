@@ -257,7 +257,6 @@ def _loop(run, state, progress, feed, evaluate, checkpoints, writer):
           progress = progress._replace(stopped=True)
           bar.say(f'stopping: no better score since step {since}')
       meta = {'data': feed.get_state(), 'progress': progress._asdict()}
-      meta['stand_in'] = bool(config.data.procedural_images)
       checkpoints.save(step, state, meta, score)
       if guarded:
         safe = step, _copy(_network(state))

@@ -64,7 +64,8 @@ def proximal(
     penalty: a name of `msp.prox.PENALTIES`, or `msp.prox.get_penalty` of one with
       its options.
     groups: which leaves, and along which axis; all others pass through.
-    learning_rate: α, the step size of the optimiser before it, or a schedule.
+    learning_rate: α, the step size of the optimiser before it, or a schedule. Of SGD
+      with momentum μ, which repeats a gradient in later steps, α/(1 − μ).
     sparsity: λ, or a schedule of it, where `update` is not given one.
     min_alive: the strongest `min_alive` groups of each layer are shrunk, but
       never below a root mean square weight of 1e-3. None: all may die. One of
@@ -368,12 +369,20 @@ _OTHER_METRICS = (
   ),
   optax.ScaleBySM3State,
   optax.contrib.ScheduleFreeState,  # steps at a point beside the parameters
+  optax.TraceState,  # momentum after the division repeats a gradient in later steps
 )
 
 # Optimisers that step in the metric of their second moment, as `metric_of` reads it.
 # Others keep the state of Adam and step otherwise: adamax, lamb, radam, contrib.adopt.
-# (nadam and nadamw are partials of the first two.)
-_IN_THE_METRIC = (optax.adam, optax.adamw, optax.adabelief, optax.yogi, optax.rmsprop)
+ADAPTIVE = (
+  optax.adam,
+  optax.adamw,
+  optax.nadam,
+  optax.nadamw,
+  optax.adabelief,
+  optax.yogi,
+  optax.rmsprop,
+)
 
 
 class Metric(NamedTuple):
@@ -394,7 +403,8 @@ def metric_of(optimizer: Callable[..., optax.GradientTransformation]) -> Metric:
     Its b2, eps and eps_root, as given or by the optimiser's defaults.
 
   Raises:
-    UserError: its step is in another metric than its second moment's.
+    UserError: its step is in another metric than its second moment's, or repeats
+      gradients (momentum after the division).
   """
   function = optimizer
   while isinstance(function, functools.partial):
@@ -402,11 +412,12 @@ def metric_of(optimizer: Callable[..., optax.GradientTransformation]) -> Metric:
   values = {
     name: p.default for name, p in inspect.signature(optimizer).parameters.items()
   }
-  if function not in _IN_THE_METRIC or values.get('centered'):
+  odd = [name for name in ('centered', 'momentum') if values.get(name)]
+  if function not in ADAPTIVE or odd:
     raise UserError(
       f'the prox in the metric of a second moment does not fit '
-      f'{"a centered " if values.get("centered") else ""}'
-      f'{getattr(function, "__name__", function)}; use one of adam, adamw, nadam, '
+      f'{getattr(function, "__name__", function)}'
+      f'{" with " if odd else ""}{" and ".join(odd)}; use one of adam, adamw, nadam, '
       f'nadamw, adabelief, yogi, rmsprop, or the Euclidean prox (msp.proximal, '
       f'sparsity.metric=euclidean)'
     )
@@ -590,7 +601,8 @@ def clip_by_weight_norm(
   Behind a normalisation only a step relative to the weights matters, and the gradient
   grows as 1/‖p‖: where λ shrinks the weights, an inner SGD step of fixed length leads
   ever farther away, θ⁰ and θᴷ part, and the hypergradient rewards more shrinkage. With
-  this before SGD of step α a leaf moves by α · max_ratio of its norm at most.
+  this before SGD of step α a leaf moves by α · max_ratio of its norm at most. The
+  prox behind it keeps its step: where a gradient is scaled by c, λ weighs 1/c as much.
   (As adaptive gradient clipping, arXiv 2102.06171, by leaf, and with a derivative that
   is finite where a gradient is 0.)
 

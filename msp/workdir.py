@@ -193,9 +193,12 @@ def write(path: Path, content: bytes | Callable[[BinaryIO], Any]) -> None:
 
 
 def write_groups(workdir: Path, groups: gr.Groups, params: Any) -> None:
-  """Writes groups.json: which groups of which layer are alive."""
+  """Writes groups.json: which groups of which layer are alive.
+
+  Not of single weights: their mask is the checkpoint's business.
+  """
   if groups.array_axis is None:
-    return  # a mask of single weights is the checkpoint's business
+    return
   alive = jax.device_get(gr.alive(groups, params))
   layers = [
     {

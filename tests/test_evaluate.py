@@ -104,6 +104,19 @@ def test_a_label_counts_alike_in_every_batch(images, measure, size):
     np.testing.assert_allclose(got[name], value, rtol=2e-5, err_msg=name)
 
 
+def test_a_metric_of_0_has_a_score(network, images, measure):
+  model, made, params, stats = network
+  logits, _ = multitask.apply(model, params, stats, images['image'], train=False)
+  predicted = made['segmentation'].predict(
+    logits['segmentation'], images['segmentation'].shape
+  )
+  wrong = {**images, 'segmentation': (np.asarray(predicted) + 1) % 3}
+  wrong |= {'depth': 0 * images['depth'], 'smiling': 0 * images['smiling'] + 255}
+  got = measure(batches(wrong, 4))
+  assert got['segmentation/miou'] == 0
+  np.testing.assert_allclose(got['score'], np.log(evaluate.SMALLEST))
+
+
 def test_what_has_no_label_has_no_metric(images, measure):
   without = {**images, 'depth': np.zeros_like(images['depth'])}
   got = measure(batches(without, 4))

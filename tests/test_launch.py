@@ -22,7 +22,7 @@ from PIL import Image
 import data
 from configs import celeba_meta, common
 from data import DataError
-from msp import experiment, run, train, trained, workdir
+from msp import checkpoint, experiment, run, train, trained, workdir
 from msp.checkpoint import Checkpoints
 from msp.errors import UserError, one_line
 
@@ -109,20 +109,41 @@ def test_a_data_set_is_prepared_and_drawn(tmp_path):
     assert min(picture.size) > 100
 
 
-def test_out_of_memory_says_what_to_lower(tmp_path):
+@pytest.mark.parametrize(
+  ('error', 'processes', 'expected'),
+  [
+    (
+      'jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")',
+      1,
+      ('error: out of memory on', 'lower train.batch_size'),
+    ),
+    (
+      'jax.errors.JaxRuntimeError("UNAVAILABLE: connection\\nreset")',
+      2,
+      ('error: another process stopped, see its message: UNAVAILABLE: connection',),
+    ),
+    ('FloatingPointError("step 3: loss is nan")', 1, ('error: step 3: loss is nan',)),
+    ('KeyboardInterrupt()', 1, ('interrupted; the same command goes on',)),
+  ],
+)
+def test_what_ends_a_run_is_one_line(tmp_path, error, processes, expected):
   program = (
     'import jax, launch, msp.train\nfrom absl import app\n'
     'def fail(*_, **__):\n'
-    '  raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")\n'
+    f'  jax.process_count = lambda: {processes}\n'
+    f'  raise {error}\n'
     'msp.train.train = fail\n'
     'app.run(launch.main, flags_parser=launch._parse)'
   )
   arguments = [f'--config={ROOT}/configs/celeba_meta.py', f'--workdir={tmp_path}/run']
   command = [sys.executable, '-c', program, *arguments]
   result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-  line = last_line(result.returncode, result.stderr)
-  assert 'out of memory on' in line
-  assert 'lower train.batch_size' in line
+  assert result.returncode == 1
+  assert 'Traceback' not in result.stderr
+  line = result.stderr.strip().splitlines()[-1]
+  assert line.startswith(expected[0])
+  for text in expected:
+    assert text in line
 
 
 def test_without_the_data_set_it_says_what_to_do(tmp_path):
@@ -322,6 +343,27 @@ MISTAKES = [
     {'sparsity.hypergradient': 'online', 'optimizer': ADAM},
     'give it an eps_root above 0',
   ),
+  # Whatever is differentiated: λ, or θ⁰ through inner steps.
+  ({'meta.optimizer': ADAM}, 'meta.optimizer: .* eps_root above 0'),
+  (
+    {
+      'meta.optimizer': ADAM,
+      'meta.exact': True,
+      'sparsity.coefficient': 'none',
+      'sparsity.settle': 0.0,
+    },
+    'meta.optimizer: .* eps_root above 0',
+  ),
+  ({'meta.optimizer': adamw(name='sgd', momentum=1.0)}, r'momentum is 1\.0; it has'),
+  # One λ for all may follow a constraint alone, one for each layer may not.
+  (
+    {
+      'meta.inner_steps': 0,
+      'sparsity.objective': 'budget',
+      'sparsity.granularity': 'layer',
+    },
+    'needs meta.inner_steps of at least 1',
+  ),
   (
     {'sparsity.hypergradient': 'truncated', 'sparsity.truncation': 4},
     r'sparsity\.truncation is 4; of meta\.inner_steps=3',
@@ -475,6 +517,19 @@ def coroutine_of(path):
   coroutine = names['read']()
   coroutine.close()
   return coroutine
+
+
+def test_processes_go_on_from_a_checkpoint_that_all_can_read(
+  tmp_path, monkeypatch, caplog
+):
+  """Another process cannot read the newest one, which is whole here."""
+  two_checkpoints(tmp_path)
+  answers = iter([1, 0])
+  with Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as patch:
+    patch.setattr(checkpoint.processes, 'agreed', lambda value: next(answers))
+    step, _ = checkpoints.newest(checkpoints.restore_any)
+  assert step == 2
+  assert f'{checkpoint._UNREADABLE}. Going on with that of step 2' in caplog.text
 
 
 def test_a_disk_that_does_not_answer_damages_nothing(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msp import groups as gr
-from msp.monitor import Monitor
+from msp.monitor import Monitor, flatten
 
 
 def test_a_network_that_becomes_its_twin_is_reported(caplog):
@@ -23,6 +23,12 @@ def test_a_network_that_becomes_its_twin_is_reported(caplog):
   assert '0.12' in in_vain.getMessage()
   assert planned.levelno == logging.INFO  # nothing is wrong
   assert planned.getMessage().startswith('step 8: λ/λ_max is 0.12 after the search')
+
+
+def test_a_vector_is_logged_as_its_mean_and_by_its_entries():
+  metrics = {'loss': np.float32(2), 'lambda': np.array([1.0, 3.0])}
+  row = flatten(metrics | {'alive': [5], 'nonfinite': -1}, ('stem', 'layer1'))
+  assert row == {'loss': 2, 'lambda': 2, 'lambda/stem': 1, 'lambda/layer1': 3}
 
 
 def test_a_coefficient_that_is_no_number_is_noticed():

@@ -37,6 +37,20 @@ def test_comparison_is_a_running_mean_of_log_ratios():
   )
 
 
+def test_the_level_of_losses_is_no_part_of_their_spread():
+  """From the first one on: losses far from 1 that hardly differ."""
+  rng, t, logs = np.random.default_rng(1), twin(), []
+  for number in range(1, 6):
+    dense = {
+      k: jnp.asarray(v) for k, v in zip('ab', rng.uniform(2.7, 3.3, 2), strict=True)
+    }
+    t = objectives.compare(t, dense, dense, 0.95)
+    logs.append(np.log([float(v) for v in dense.values()]))
+    np.testing.assert_allclose(t.spread, np.var(logs, 0), rtol=1e-3, atol=1e-9)
+    np.testing.assert_allclose(t.level, np.mean(logs, 0), rtol=1e-5)
+    assert t.count.tolist() == [number] * 2
+
+
 def test_absent_tasks_are_left_out_of_the_comparison():
   losses = lambda a, b: {'a': jnp.asarray(a), 'b': jnp.asarray(b)}
   t = objectives.compare(twin(), losses(2.0, jnp.nan), losses(1.0, jnp.nan), 0.9)

@@ -31,27 +31,25 @@ def test_bilinear_is_interpolation_at_pixel_centres(small, large):
 
 
 @pytest.mark.parametrize(('small', 'large'), SIZES)
-def test_nearest_takes_the_upper_left_pixel_of_a_cell(small, large):
+def test_nearest_takes_the_pixel_in_the_middle_of_a_cell(small, large):
+  def middle(i, n, m):
+    """The pixel nearest to where `bilinear` has pixel i; of two, the later."""
+    distance = [abs(r - ((i + 0.5) * n / m - 0.5)) for r in range(n)]
+    return max(r for r in range(n) if distance[r] < min(distance) + 1e-9)
+
   x = np.random.default_rng(1).integers(0, 256, size=(2, *large), dtype=np.int32)
-  rows = [int(np.floor(i * large[0] / small[0])) for i in range(small[0])]
-  columns = [int(np.floor(j * large[1] / small[1])) for j in range(small[1])]
+  rows = [middle(i, large[0], small[0]) for i in range(small[0])]
+  columns = [middle(i, large[1], small[1]) for i in range(small[1])]
   want = np.array([[[m[r, c] for c in columns] for r in rows] for m in x])
   got = resize.nearest(jnp.asarray(x), small)
   np.testing.assert_array_equal(got, want)
   assert got.dtype == jnp.int32
 
 
-@pytest.mark.parametrize(('small', 'large'), SIZES)
-def test_cell_max_keeps_every_edge(small, large):
-  rng = np.random.default_rng(2)
-  x = rng.choice([-1.0, 0.0, 1.0], p=[0.5, 0.4, 0.1], size=(2, *large))
-  x[0, : large[0] // 2 + 1] = -1  # whole cells to ignore
-  want = np.empty((2, *small))
-  for i in range(small[0]):
-    rows = slice(i * large[0] // small[0], -(-(i + 1) * large[0] // small[0]))
-    for j in range(small[1]):
-      columns = slice(j * large[1] // small[1], -(-(j + 1) * large[1] // small[1]))
-      want[:, i, j] = x[:, rows, columns].max(axis=(1, 2))
-  got = resize.cell_max(jnp.asarray(x, jnp.float32), small)
-  np.testing.assert_array_equal(got, want)
-  assert want.min() == -1
+def test_labels_come_down_to_where_logits_come_up_from():
+  """Down and up again, a ramp is where it was, to half a pixel."""
+  ramp = jnp.broadcast_to(jnp.arange(64.0)[None, :, None], (1, 64, 64))
+  down = resize.nearest(ramp, (8, 8))
+  up = resize.bilinear(down[..., None], (64, 64))[..., 0]
+  inner = slice(4, -4)  # beyond the outermost centres there is nothing to interpolate
+  np.testing.assert_allclose(up[0, inner], ramp[0, inner], atol=0.5 + 1e-5)

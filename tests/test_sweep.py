@@ -120,6 +120,34 @@ def test_the_table(tmp_path, trained):
   }  # fmt: skip
 
 
+def test_an_error_that_falls_is_better(tmp_path, trained, monkeypatch):
+  """A metric that should be small: its sign in Δm and in the steps to a target."""
+  falling = {
+    ('alone', 0): (0.8, (1.0, 0.9, 0.8)),
+    ('sparse', 0): (0.6, (0.9, 0.7, 0.6)),
+  }
+  write = write_log
+
+  def as_depth(folder, name, seed):
+    monkeypatch.setitem(SCORES, (name, seed), falling[name, seed])
+    write(folder, name, seed)
+    log = folder / 'metrics.jsonl'
+    log.write_text(log.read_text().replace('segmentation/miou', 'depth/rmse'))
+
+  monkeypatch.setitem(globals(), 'write_log', as_depth)
+  made = base.new('trial', '')
+  config = lambda: base.DATA_SETS['nyu'].multitask.get_config('procedural,tiny')
+  for name in ('alone', 'sparse'):
+    base.add(made, name, config(), {'tasks': ('depth',)})
+  made.update(seeds=(0,), baselines={'depth': 'alone'})
+  made.target.update(task='depth', run='alone')
+  sweep.run(made, tmp_path)
+  row = cells(tmp_path / 'table.csv')['sparse']
+  assert float(row['Δm % mean']) == pytest.approx(25)
+  assert float(row['depth/rmse ↓ mean']) == 0.6
+  assert float(row['steps to alone mean']) == 40  # at 0.7, below 0.8
+
+
 def test_fixed_coefficients_of_one_setting_are_one_line():
   rows = 'dense,fixed 0.15,fixed 0.005,fixed 0.0005,budget 0.5'
   made = learned_lambda.make('faces', rows, 1)

@@ -1,5 +1,6 @@
 """The loop, end to end, on forty rendered faces."""
 
+import copy
 import itertools
 import json
 import logging
@@ -17,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
@@ -36,13 +38,18 @@ from msp import (
   workdir,
   writer,
 )
+from msp import evaluate as evaluation
+from msp import experiment as experiment_module
 from msp import groups as gr
 from msp import run as running
 from msp.checkpoint import Checkpoints
+from msp.episodes import Hypergradient, Inner
 from msp.errors import UserError
 from msp.experiment import build
+from msp.hypergradient import Solver
 from msp.models import multitask
 from msp.monitor import Monitor
+from msp.objectives import Objective
 from msp.train_state import TrainState
 
 STEPS, EVALUATE_EVERY = 6, 2
@@ -224,6 +231,7 @@ def test_a_run_logs_every_number(finished):
     'weight_sparsity',
     'gradient_norm',
   } <= trained[0].keys()
+  assert trained[0]['lambda_relative'] == pytest.approx(1e-2)  # sparsity.start
   assert len({row['lambda'] for row in trained}) > 1  # it learns
   settled = round(0.6 * STEPS)  # then λ stands still and needs no data of its own
   learning = [row['step'] for row in trained if 'hold_out_loss' in row]
@@ -415,6 +423,8 @@ def test_evaluation_gives_the_numbers_of_the_run(finished, faces):
   result = trained.evaluate_run(config(faces), workdir, jax.devices()[:1])
   (tested,) = [row for row in rows(workdir) if row['split'] == 'test']
   assert result['test'].items() <= tested.items()
+  *_, validated = [row for row in rows(workdir) if row['split'] == 'val']
+  assert result['val'].items() <= validated.items()
   assert json.loads((workdir / 'evaluation.json').read_text()) == result
 
 
@@ -426,13 +436,19 @@ def scored(monkeypatch, scores, evaluate=running.evaluate):
 
 
 @pytest.mark.parametrize(
-  'objective', ['budget', pytest.param('tolerance', marks=pytest.mark.slow)]
+  ('objective', 'settle'),
+  [
+    ('budget', 0.5),
+    pytest.param('budget', 0.0, marks=pytest.mark.slow),  # as its aim rises until there
+    pytest.param('tolerance', 0.5, marks=pytest.mark.slow),
+  ],
 )
-def test_a_run_settles_before_it_stops(faces, tmp_path, monkeypatch, objective):
+def test_a_run_settles_before_it_stops(faces, tmp_path, monkeypatch, objective, settle):
   scored(monkeypatch, [0.9, 0.8, 0.7, 0.2, 0.1, 0.1, 0.1, 0.1])
   overrides = {
     'sparsity.objective': objective,
-    'sparsity.settle': 0.5,
+    'sparsity.settle': settle,
+    'sparsity.rise': 0.5,
     'train.steps': 12,
     'train.patience': 2,
     'meta.inner_steps': 0,
@@ -489,7 +505,7 @@ train.train(c, Path(workdir))
 
 
 @pytest.mark.slow
-def test_two_processes_make_one_run(faces, tmp_path):
+def test_two_processes_make_one_run(finished, faces, tmp_path):
   """One of them is asked to stop, both do; started again they finish the run."""
 
   def start(kill):
@@ -524,6 +540,11 @@ def test_two_processes_make_one_run(faces, tmp_path):
   steps = [row['step'] for row in rows(tmp_path / 'run') if row['split'] == 'train']
   assert steps == list(range(1, STEPS + 1))
   assert (tmp_path / 'run' / 'report' / 'index.html').exists()
+  # Each of them had its half of the images.
+  for row, alone in zip(rows(tmp_path / 'run'), rows(finished[0]), strict=True):
+    assert (row['split'], row['step']) == (alone['split'], alone['step'])
+    for name in ('loss', 'loss/male', 'male/auroc', 'hold_out_loss'):
+      assert row.get(name) == pytest.approx(alone.get(name), rel=1e-3), (name, row)
 
 
 @pytest.mark.slow
@@ -559,13 +580,29 @@ def test_what_is_not_finite_stops_the_run_and_is_named(faces, tmp_path, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('hypergradient', ['forward', 'online'])
 def test_a_coefficient_that_starves_the_network_is_lowered(
-  faces, tmp_path, monkeypatch, caplog
+  faces, tmp_path, monkeypatch, caplog, hypergradient
 ):
   """Under `holdout`, where nothing else notices; a kill changes nothing."""
   c = config(faces, **{'sparsity.start': 1.0, 'sparsity.settle': 0.0})
   c.sparsity.rise = 0.0  # or it would be lowered before
   c.optimizer[0].learning_rate = 0.1  # what λ_max does in many smaller steps
+  c.sparsity.hypergradient = hypergradient
+  build_experiment = build
+
+  def watched(*arguments, **options):
+    experiment = build_experiment(*arguments, **options)
+
+    def step(state, batches, key):
+      new, metrics = experiment.train_step(state, batches, key)
+      if state.tangent is not None:
+        metrics['tangent'] = optax.tree.norm(state.tangent)
+      return new, metrics
+
+    return experiment._replace(train_step=step)
+
+  monkeypatch.setattr(running, 'build', watched)
   whole, killed = tmp_path / 'whole', tmp_path / 'killed'
   with caplog.at_level(logging.INFO, logger='msp'):
     run(c, whole)
@@ -575,6 +612,10 @@ def test_a_coefficient_that_starves_the_network_is_lowered(
   lowered = sum('starves the network' in r.getMessage() for r in caplog.records)
   assert lowered
   assert sum(0.2 < fall < 0.3 for fall in falls) == lowered
+  if hypergradient == 'online':  # that of the network that is left does not go on
+    after = [row for row, fall in zip(trained[1:], falls, strict=True) if fall < 0.3]
+    assert all(row['tangent'] == 0 for row in after)
+    assert trained[1]['tangent'] > 0
   assert trained[-1]['group_sparsity'] < 0.5
   # It goes on from a network that was not starved.
   assert (
@@ -658,6 +699,9 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog, monkeyp
   assert (
     card['sparsity']['parameters, exported'] < card['sparsity']['parameters, dense']
   )
+  tested = trained.evaluate_run(c, tmp_path, jax.devices()[:1])['test']
+  assert card['metrics of the test split'].items() <= tested.items()
+  assert 'male/auroc' in card['metrics of the test split']
   assert 'procedural stand-in' in (file.parent / 'model_card.md').read_text()
   file.unlink()
   (file.parent / 'model_card.json').unlink()
@@ -845,6 +889,148 @@ def test_statistics_are_those_of_the_weights(faces):
   assert kept is state
 
 
+def test_statistics_are_means_over_batches(faces):
+  c = config(faces, **{'train.statistics_batches': 3, 'model.dropout': 0.0})
+  one = running.open_run(c, jax.devices()[:1], None)
+  state, size = one.initial_state(), c.train.batch_size
+  got = one.estimator()(state).batch_stats
+  stream = one._stream(one.splits.train, (), batch_size=size, seed=c.seed + 2)
+  own = jax.jit(evaluation.make_statistics_step(one.experiment.model))
+  images = [batch['image'] for batch in itertools.islice(stream, 3)]
+  key = jax.random.key(0)  # of dropout, of which there is none
+  start = jax.tree.map(jnp.zeros_like, state.batch_stats)
+  near = own(state.params, start, images[0], key)
+  parts = [own(state.params, near, image, key) for image in images]
+  jax.tree.map(
+    lambda x, *each: np.testing.assert_allclose(
+      x, np.mean(each, axis=0), rtol=1e-4, atol=1e-6
+    ),
+    got,
+    *parts,
+  )
+
+
+def test_each_process_reads_its_own_images(faces, monkeypatch):
+  one = running.open_run(config(faces), jax.devices()[:1], None)
+  state = one.initial_state()
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  asked = []
+
+  def asks(*_, **options):
+    asked.append((options['process_index'], options['process_count']))
+    return iter(())
+
+  monkeypatch.setattr(running.data, 'train_iterator', asks)
+  monkeypatch.setattr(running.data, 'eval_batches', asks)
+  monkeypatch.setattr(running, 'evaluate', lambda *_: {})
+  assert len(one.feed().streams) == len(asked) == 3
+  one.evaluator()(state, one.splits.val)
+  assert asked == [(1, 2)] * 4
+
+
+def test_an_evaluation_of_the_first_images(faces):
+  one = running.open_run(config(faces), jax.devices()[:1], None)
+  state = one.initial_state()
+  val = one.splits.val
+  assert len(val) > 3
+  few = one.evaluator()(state, val)
+  one.config.data.eval_examples = 3
+  got = one.evaluator()(state, val)
+  assert got['loss'] != few['loss']
+  first = copy.copy(val)
+  first.indices = val.indices[:3]
+  one.config.data.eval_examples = 0
+  want = one.evaluator()(state, first)
+  assert got == want
+
+
+@pytest.mark.parametrize('learn_on', ['hold_out', 'query'])
+@pytest.mark.parametrize('inner_steps', [0, 1])
+def test_a_tolerance_knows_how_many_images_it_is_measured_on(
+  faces, learn_on, inner_steps
+):
+  c = config(faces, **{'sparsity.objective': 'tolerance'})
+  c.sparsity.learn_on, c.meta.inner_steps = learn_on, inner_steps
+  one = running.open_run(c, jax.devices()[:1], None)
+  batches = one.feed().next()
+  assert ('hold_out' in batches) == (learn_on == 'hold_out')
+  part = one.splits.hold_out if learn_on == 'hold_out' else one.splits.train
+  count = len(batches[learn_on]['image'])
+  assert count == len(batches['query']['image']) == 8 // (1 + inner_steps)
+  assert one.experiment.objective.hold_out_batches == max(len(part) / count, 1)
+
+
+def test_the_step_is_that_of_the_configuration(faces, monkeypatch):
+  """Every field, at a value that it does not have by itself."""
+  made = []
+  monkeypatch.setattr(
+    experiment_module, 'make_train_step', lambda *_, **fields: made.append(fields)
+  )
+  c = config(
+    faces,
+    **{
+      'meta.inner_steps': 3,
+      'meta.episodes': 'all',
+      'meta.exact': True,
+      'meta.unroll': 'no',
+      'loss.combination': 'fixed',
+      'loss.weights': (2.0, 3.0),
+      'sparsity.hypergradient': 'truncated',
+      'sparsity.truncation': 2,
+      'sparsity.learn_on': 'query',
+      'sparsity.solver.name': 'neumann',
+      'sparsity.solver.tolerance': 0.02,
+      'sparsity.solver.max_iterations': 7,
+      'sparsity.tangent_decay': 0.9,
+      'sparsity.tangent_max_norm': 2.5,
+      'sparsity.settle': 0.25,
+      'sparsity.rise': 0.9,
+      'train.steps': 40,
+    },
+  )
+  build(c, data.labels(c.data.name))
+  learning, settled = made
+  assert learning.pop('rho_optimizer') is not None
+  assert 'rho_optimizer' not in settled
+  inner = learning['inner']
+  assert inner._replace(optimizer=None) == Inner(
+    None, steps=3, episodes='all', exact=True, unroll=False, truncation=2
+  )
+  assert learning['hypergradient'] == Hypergradient(
+    mode='truncated',
+    learn_on='query',
+    solver=Solver('neumann', 0.02, 7),
+    decay=0.9,
+    max_norm=2.5,
+  )
+  assert learning['combination'] == ('fixed', {'male': 2.0, 'smiling': 3.0})
+  assert learning['settled'] == 30
+  # No longer than until dead groups stay dead.
+  assert learning['objective'] == Objective('holdout', rise=30)
+  for name in ('inner', 'hypergradient', 'combination', 'settled', 'objective'):
+    assert settled[name] == learning[name]  # θ⁰'s gradient stays what it was
+
+  c.sparsity.objective, c.sparsity.tolerance, c.sparsity.search = 'tolerance', 0.3, 0.5
+  build(c, data.labels(c.data.name), hold_out_images=12)
+  objective = made[2]['objective']
+  assert objective == Objective(
+    'tolerance', tolerance=0.3, search=20, hold_out_batches=12 / 4
+  )
+  # λ follows the constraint alone, and nothing else is truncated.
+  assert made[2]['inner'].truncation is None
+
+  c.sparsity.objective, c.sparsity.measure, c.sparsity.target = 'budget', 'flops', 0.4
+  experiment = build(c, data.labels(c.data.name))
+  objective = made[4]['objective']
+  assert (objective.kind, objective.measure, objective.target) == (
+    'budget',
+    'flops',
+    0.4,
+  )
+  assert objective.positions.keys() > set(experiment.groups.layers)
+
+
 def test_support_and_query_do_not_depend_on_the_processes(monkeypatch):
   monkeypatch.setattr(running, 'put', lambda parts, sharding: parts)
   images = np.arange(8)
@@ -990,6 +1176,10 @@ def test_adapting_to_an_unseen_task_with_a_frozen_pattern(faces, tmp_path):
     c.sparsity.coefficient = coefficient
     folder = tmp_path / coefficient
     train.adapt(c, folder, devices=jax.devices()[:1])
+    # It goes on without what it began from.
+    (tmp_path / 'start').rename(tmp_path / 'gone')
+    train.adapt(c, folder, devices=jax.devices()[:1])
+    (tmp_path / 'gone').rename(tmp_path / 'start')
     last = rows(folder)[-1]
     assert last['alive_groups']['layer2_0/conv1'] == alive
     assert 'eyeglasses/accuracy' in last

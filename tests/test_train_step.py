@@ -98,7 +98,8 @@ class Problem(NamedTuple):
 
   def step(self, outer, **kwargs):
     inner = {'inner': None, 'inner_steps': 0, 'episode_draw': 'full', 'exact': True}
-    mode = {'hypergradient': 'reverse', 'learn_on': 'hold_out', 'truncation': 1}
+    loops = {'unroll': True, 'truncation': None}
+    mode = {'hypergradient': 'reverse', 'learn_on': 'hold_out'}
     mode |= {'solver': Solver(), 'tangent_decay': 0.99, 'tangent_max_norm': 1.0}
     take = lambda known: [kwargs.pop(name, value) for name, value in known.items()]
     step = make_train_step(
@@ -106,7 +107,7 @@ class Problem(NamedTuple):
       self.tasks,
       self.groups,
       outer,
-      inner=Inner(*take(inner), unroll=kwargs.pop('unroll', True)),
+      inner=Inner(*take(inner), *take(loops)),
       hypergradient=Hypergradient(*take(mode)),
       **{'combination': Combination()} | kwargs,
     )
@@ -383,7 +384,7 @@ def test_truncated_and_implicit_hypergradients_in_the_step():
       exact=False,
       rho_optimizer=rho_optimizer,
       hypergradient=mode,
-      truncation=1,
+      truncation=1 if mode == 'truncated' else None,
       solver=Solver('neumann', tolerance=1e-9, max_iterations=1),
     )
     _, metrics = step(p.state(outer, **coefficient), batches(), KEY)

@@ -191,6 +191,7 @@ def test_adaptive_proximal_needs_one_second_moment():
       'RStdDevWithCountState is not',
     ),
     (optax.contrib.schedule_free_adamw(0.1), 'ScheduleFreeState is not'),
+    (optax.rmsprop(0.1, momentum=0.9), 'TraceState is not'),
     (
       optax.masked(optax.adam(0.1), {'backbone': False, 'heads': True}),
       'no second mom',
@@ -395,8 +396,10 @@ def test_optimisers_that_only_look_like_adam_are_refused(name):
   name = optimizer.__name__
   with pytest.raises(UserError, match=rf'does not fit {name}; .*metric=euclidean'):
     transforms.metric_of(optimizer)
-  with pytest.raises(UserError, match='does not fit a centered rmsprop'):
+  with pytest.raises(UserError, match='does not fit rmsprop with centered'):
     transforms.metric_of(functools.partial(optax.rmsprop, centered=True))
+  with pytest.raises(UserError, match='does not fit rmsprop with momentum'):
+    transforms.metric_of(functools.partial(optax.rmsprop, momentum=0.9))
 
 
 def test_inject_hyperparams_with_an_optimiser():
@@ -701,6 +704,12 @@ def test_survival_floor(adaptive):
     floor = transforms.FLOOR_RMS * np.sqrt(kernel.size / kernel.shape[-2])
     np.testing.assert_array_equal(norms[:-2], 0)
     np.testing.assert_allclose(norms[-2:], floor, rtol=1e-3, err_msg=layer)
+  # More than there are: all of them stay.
+  all_stay = make_proximal(found, adaptive, min_alive=100)
+  start = make_params()
+  updates, _ = all_stay.update(GRADS, all_stay.init(start), start, sparsity=1e3)
+  for mask in gr.alive(found, optax.apply_updates(start, updates)).values():
+    assert mask.all()
   # Where nothing presses on it, the floor does nothing.
   free = make_params()
   updates, _ = tx.update(GRADS, tx.init(free), free, sparsity=0.0)
@@ -832,14 +841,6 @@ def test_build_resolves_schedules():
   np.testing.assert_allclose(steps, [1.0, 0.5, 0.0], atol=1e-7)
 
 
-def test_build_refuses_adam_without_eps_root_where_it_is_differentiated():
-  entry = {'name': 'adam', 'learning_rate': 0.1}
-  optimizers.build([entry], 'outer')
-  optimizers.build([entry | {'eps_root': 1e-16}], 'outer', differentiated=True)
-  with pytest.raises(UserError, match='eps_root above 0'):
-    optimizers.build([entry], 'outer', differentiated=True)
-
-
 @pytest.mark.parametrize(
   ('name', 'options'), [('group_mcp', {'gamma': 0.1}), ('group_scad', {'a': 1.1})]
 )
@@ -924,6 +925,7 @@ def test_the_survivor_of_a_frozen_layer_is_one_of_the_living(metric):
   [
     ({'name': 'adam'}, 'give it an eps_root above 0'),
     ({'name': 'rmsprop', 'eps_in_sqrt': False}, 'set its eps_in_sqrt'),
+    ({'name': 'adam', 'eps_root': 1e-16}, None),
     ({'name': 'adabelief'}, None),  # by its own default
     ({'name': 'rmsprop'}, None),
   ],
