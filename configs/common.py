@@ -35,7 +35,8 @@ def base() -> ConfigDict:
   config.data.hold_out = 0.0  # share of train kept for λ
   config.data.flip = True
   config.data.train_share = 1.0  # of the rest of train, drawn by `seed`
-  config.data.missing = 0.0  # share of train images that lack one task's label
+  # Share of train images that lack one task's label; of a part of train, on average.
+  config.data.missing = 0.0
   config.data.procedural_images = 0  # > 0: render that many images as `source`
   config.data.eval_examples = 0  # of val and of test; 0: all
 
