@@ -4,7 +4,9 @@ python launch.py --config configs/celeba_meta.py:procedural,tiny --workdir runs/
 """
 
 import logging
+import os
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -44,25 +46,37 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 def main(argv: list[str]) -> None:
   """Calls the function of the mode; a user's mistake ends in one line."""
+  if sys.stderr is None:  # closed, as some daemons have it
+    sys.stderr = open(os.devnull, 'w')  # noqa: SIM115
   # After the flags, so that --help and a mistyped flag answer at once.
   if _DISTRIBUTED.value:
     if _MODE.value == 'sweep':
       sys.exit('error: a sweep is one process; start its runs with --distributed')
     if _MODE.value not in ('train', 'adapt', 'evaluate'):
       sys.exit(f'error: --mode {_MODE.value} is one process; start it by itself')
+  try:
     import jax
 
-    try:
+    if _DISTRIBUTED.value:
       jax.distributed.initialize()
-    except (RuntimeError, ValueError) as e:
-      sys.exit(f'error: --distributed found no cluster: {" ".join(str(e).split())}')
-  import jax
+    jax.devices()
+  except (AssertionError, RuntimeError, ValueError) as e:
+    reason = ' '.join(str(e).split())
+    if _DISTRIBUTED.value:
+      sys.exit(f'error: --distributed found no cluster: {reason}')
+    asked = ', '.join(f'{k}={v}' for k, v in os.environ.items() if k.startswith('JAX_'))
+    sys.exit(f'error: JAX does not start ({asked or "no JAX_… is set"}): {reason}')
 
   import data
+  from configs import common
   from msp import dataset, processes, report, sweep, train, trained
   from msp import workdir as workdir_module
   from msp.errors import UserError, one_line, refuse_url, words
+  from msp.experiment import check_fields
 
+  # From here on Ctrl-C is answered, unless a shell has it ignored (in the background).
+  if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   # Orbax and TFDS speak through it, and what they call an error they also raise.
   absl_logging.set_verbosity(absl_logging.FATAL)
   handler = logging.StreamHandler()
@@ -76,13 +90,21 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
       raise UserError(f'unknown argument {argv[1]!r}; see --help')
     refuse_url('--workdir', _WORKDIR.value or '')
+    if _MODE.value == 'adapt' and _CONFIG.value and not _CONFIG.value.get('initial'):
+      raise UserError(
+        '--mode adapt trains on from another run; name it with --config.initial='
+      )
     config = _CONFIG.value
-    if config is None:
-      config = workdir_module.configuration(Path(_WORKDIR.value))
-    for field in ('name', 'data', 'tasks') if 'runs' not in config else ('name',):
-      if field not in config:
-        raise UserError(f'the configuration has no {field}; see configs/common.py')
-    workdir = Path(_WORKDIR.value or Path('runs') / config.name)
+    if config is not None:
+      file = flags.FLAGS['config'].config_filename
+    else:
+      kept = Path(_WORKDIR.value).expanduser()
+      config, file = workdir_module.configuration(kept), str(kept / 'config.json')
+    if 'runs' in config and 'name' not in config:
+      raise UserError(f'the sweep of {file} has no name; see configs/sweeps/base.py')
+    if _MODE.value != 'report' and 'runs' not in config:
+      check_fields(config, common.base(), file)
+    workdir = Path(_WORKDIR.value or Path('runs') / config.name).expanduser()
     skip = _SKIP_CORRUPT.value
     if ('runs' in config) != (_MODE.value == 'sweep'):
       raise UserError(
@@ -130,7 +152,11 @@ def main(argv: list[str]) -> None:
       sys.exit(f'error: another process stopped, see its message: {words(e)[:200]}')
     raise
   except KeyboardInterrupt:
-    sys.exit('interrupted; the same command goes on from what is saved')
+    print('interrupted; the same command goes on from what is saved', file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of XLA that are still compiling would crash in an orderly exit.
+    os._exit(128 + signal.SIGINT)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -138,29 +164,28 @@ def _parse(argv: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
     if _CONFIG.value is not None:
+      if isinstance(_CONFIG.value, dict):
+        sys.exit('error: get_config of the file after --config returns no ConfigDict')
       _CONFIG.value.lock()  # what could not be read says so when it is used
-    elif _WORKDIR.value is None:
+    elif not _WORKDIR.value:
       sys.exit('error: no --config; for example --config configs/celeba_meta.py')
     return rest
   except OSError as e:
     sys.exit(f'error: cannot read the file after --config: {str(e).splitlines()[-1]}')
   except SyntaxError as e:
     sys.exit(f'error: {e.filename}, line {e.lineno}: {e.msg}')
-  except (
-    LookupError,
-    AttributeError,
-    ImportError,
-    NameError,
-    TypeError,
-    ValueError,
-    flags.Error,
-  ) as e:
-    text = str(e).strip()
+  except Exception as e:  # a configuration file may raise anything
+    text = str(e).strip() or type(e).__name__
     if 'Traceback (most recent call last)' in text:  # of the configuration file
       text = text.splitlines()[-1].partition(': ')[2]
-    elif isinstance(e, ImportError | NameError):
+    elif "no attribute 'get_config'" in text:
+      text = 'the file after --config has no function get_config'
+    elif isinstance(e, flags.UnrecognizedFlagError) and e.flagname[:7] == 'config.':
+      text += '; it changes a field of the file after --config, and none is given'
+    elif not isinstance(e, LookupError | AttributeError | ValueError | flags.Error):
       where = traceback.extract_tb(e.__traceback__)[-1]
-      text = f'{where.filename}, line {where.lineno}: {text}'
+      name = '' if isinstance(e, ImportError | NameError) else f'{type(e).__name__}: '
+      text = f'{where.filename}, line {where.lineno}: {name}{text}'
     elif isinstance(e, LookupError | AttributeError):
       close = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
       text = (
@@ -172,4 +197,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 if __name__ == '__main__':
+  # Libraries that are half imported would answer with a page of frames.
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
   app.run(main, flags_parser=_parse)

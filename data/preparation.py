@@ -85,10 +85,13 @@ def data_set(name: str) -> ModuleType:
     return DATA_SETS[name]
   try:
     module = importlib.import_module(name)
-  except (ImportError, TypeError, ValueError) as error:
+  except Exception as error:  # of a module of one's own anything
+    reason = f'{error}'
+    if not isinstance(error, ImportError | TypeError | ValueError):
+      reason = f'{type(error).__name__}: {error}'
     raise DataError(
       f'unknown data set {name!r}, known: {", ".join(DATA_SETS)}, and your own by the'
-      f' name of a module ({error})'
+      f' name of a module ({reason})'
     ) from None
   missing = [part for part in _PARTS if not hasattr(module, part)]
   if missing:
@@ -214,6 +217,13 @@ def prepare(
       )
     splits = data_set(name).scan(source)
     for split, entries in splits.items():
+      for entry in entries:
+        try:
+          entry.name.encode()
+        except UnicodeEncodeError:
+          raise DataError(
+            f'the name of {entry.name!a} in {source} is not UTF-8; rename the file'
+          ) from None
       if not entries:
         raise DataError(
           f'{source} holds {sum(map(len, splits.values()))} images, too few:'
@@ -482,7 +492,7 @@ def _verify(name: str, folder: Path, source: Path) -> None:
   try:
     splits = data_set(name).scan(source)
   except DataError as error:
-    logger.warning('%s; what was prepared from it is used: %s', error, folder)
+    logger.warning('using what was prepared in %s, because %s', folder, error)
     return
   state = _state(name, source, splits)
   if stand_in.read(source) != summary['stand_in'] or any(

@@ -124,7 +124,7 @@ class Checkpoints:
   def _writable(self):
     """What the operating system refuses, TensorStore tells in a ValueError."""
     try:
-      with naming(self._manager.directory):
+      with naming(self._manager.directory), _quiet_if_it_fails():
         yield
     except ValueError as e:
       number = re.search(r"os_error_code='(\d+)'", str(e))
@@ -231,8 +231,12 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _readable(where: str) -> Iterator[None]:
-  """Turns whatever reading a damaged file raises into a `DamagedCheckpointError`."""
+def _quiet_if_it_fails() -> Iterator[None]:
+  """Keeps what was under way beside a failed read or write from complaining.
+
+  TensorStore's complains of the closed loop, orbax's of being thrown away, which may be
+  long after: then the hook stays.
+  """
   hook = sys.unraisablehook
 
   def quiet(unraisable):
@@ -242,12 +246,17 @@ def _readable(where: str) -> Iterator[None]:
     if 'Event loop is closed' not in str(unraisable.exc_value):
       hook(unraisable)
 
-  # Reads that were under way beside a failed one complain when they end (TensorStore's
-  # of the closed loop, orbax's of being thrown away), which may be long after: then it
-  # stays.
   sys.unraisablehook = quiet
+  yield
+  sys.unraisablehook = hook
+
+
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+  """Turns whatever reading a damaged file raises into a `DamagedCheckpointError`."""
   try:
-    yield
+    with _quiet_if_it_fails():
+      yield
   except (jax.errors.JaxRuntimeError, MemoryError):  # too large for this machine
     raise
   except OSError as e:
@@ -257,8 +266,6 @@ def _readable(where: str) -> Iterator[None]:
     raise _damaged(where, e) from None
   except Exception as e:  # orbax and TensorStore raise anything up to a bare Exception
     raise _damaged(where, e) from None
-  else:
-    sys.unraisablehook = hook
 
 
 def _damaged(where, error):

@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a bar on a terminal, lines in a log."""
 
 import logging
+import os
 import signal
 import statistics
 import sys
@@ -105,13 +106,17 @@ class Clock:
 
 
 class Interruption:
-  """Turns SIGTERM and Ctrl-C into a wish that the loop grants after its step."""
+  """Turns SIGTERM and Ctrl-C into a wish that the loop grants after its step.
+
+  One that a shell has ignored, as Ctrl-C of what it runs in the background, stays so.
+  """
 
   signals = (signal.SIGTERM, signal.SIGINT)
 
   def __enter__(self):
     self.received = 0
-    self._previous = {s: signal.signal(s, self._note) for s in self.signals}
+    heard = [s for s in self.signals if signal.getsignal(s) is not signal.SIG_IGN]
+    self._previous = {s: signal.signal(s, self._note) for s in heard}
     return self
 
   def __exit__(self, *exc):
@@ -123,3 +128,5 @@ class Interruption:
     if self.received:  # asked twice: now
       raise KeyboardInterrupt
     self.received = number
+    # Not by a logger or the bar, which may be in the middle of a line.
+    os.write(2, b'\nstopping after this step; asked again, at once\n')

@@ -47,6 +47,8 @@ def check(config: ConfigDict) -> None:
     )
   for field in ('source', 'prepared'):
     refuse_url(f'data.{field}', config.data[field])
+  if not config.data.prepared:
+    raise UserError('data.prepared is empty; name a folder for the prepared copies')
 
 
 def contact_sheet(config: ConfigDict) -> Path:
@@ -106,8 +108,9 @@ def folders(config):
   nor with a stand-in of other settings.
   """
   c = config.data
+  prepared = Path(c.prepared).expanduser()
   if not c.procedural_images:
-    return Path(c.source), Path(c.prepared)
+    return Path(c.source).expanduser(), prepared
   rows, columns = c.image_size
   source = Path(f'{c.source}_{c.procedural_images}_{rows}x{columns}')
-  return source, Path(c.prepared) / source.name
+  return source.expanduser(), prepared / source.name

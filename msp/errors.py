@@ -1,6 +1,7 @@
 """What the environment and its user can do wrong, in one line each."""
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def naming(path: Path) -> Iterator[None]:
 def words(error: Exception) -> str:
   """Its message without line breaks."""
   return ' '.join(str(error).split())
+
+
+def own_words(error: Exception) -> str:
+  """What code of the user's own raised, and where: it has no traceback then."""
+  place = traceback.extract_tb(error.__traceback__)[-1]
+  if isinstance(error, SyntaxError):
+    return f'{error.filename}, line {error.lineno}: {error.msg}'
+  if isinstance(error, ImportError):
+    return words(error)
+  return f'{type(error).__name__}: {words(error)} ({place.filename}:{place.lineno})'
 
 
 def one_line(error: OSError) -> str:

@@ -1,5 +1,6 @@
 """What a configuration means, as pure functions of arrays, and what it may not say."""
 
+import difflib
 import functools
 import math
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ UNROLLED = 3
 RANGES = {
   'seed': (0, 2**31, '[)'),
   'data.eval_examples': (0, math.inf, '[)'),
+  'data.hold_out': (0, 1, '[)'),
   'data.train_share': (0, 1, '(]'),
   'meta.inner_steps': (0, math.inf, '[)'),
   'sparsity.min_alive': (0, math.inf, '[)'),
@@ -261,6 +263,52 @@ def build(
   )
 
 
+def check_fields(config: ConfigDict, known: ConfigDict, where: str) -> None:
+  """Raises UserError on a field that is unknown, missing, or of another type.
+
+  A configuration file may add fields by a slip of the pen, and what a run has kept may
+  be of another version or edited.
+
+  Args:
+    config: of a run.
+    known: a configuration with all fields, `configs.common.base()`.
+    where: what `config` is of, for messages.
+  """
+
+  def check(node, of, path):
+    for name in node:
+      if name not in of:
+        close = difflib.get_close_matches(name, list(of), n=1)
+        hint = f'; did you mean {path}{close[0]}?' if close else ''
+        raise UserError(f'{where}: there is no field {path}{name}{hint}')
+    for name, default in of.items():
+      field = f'{path}{name}'
+      if name not in node:
+        raise UserError(
+          f'{where} has no {field}; see configs/common.py (a config.json without it is '
+          f'of another version of this program)'
+        )
+      value = node[name]
+      if isinstance(default, ConfigDict):
+        if not isinstance(value, ConfigDict):
+          raise UserError(f'{where}: {field} is {value!r}; it has to be a section')
+        check(value, default, f'{field}.')
+      elif default is not None and not _like(value, default):
+        kind = {tuple: 'list', str: 'string', int: 'whole number', float: 'number'}
+        wanted = kind.get(type(default), type(default).__name__)
+        raise UserError(f'{where}: {field} is {value!r}; it has to be a {wanted}')
+
+  check(config, known, '')
+
+
+def _like(value, default):
+  if isinstance(default, tuple | list):
+    return isinstance(value, tuple | list)
+  if isinstance(default, float):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  return type(value) is type(default)
+
+
 def begun(workdir: Path | None) -> bool:
   """Whether a run has a checkpoint, complete or not."""
   return workdir is not None and any(
@@ -389,6 +437,8 @@ def _weights(config):
   weights = config.loss.weights
   if not all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights):
     raise UserError(f'loss.weights is {weights}; it has to be numbers of at least 0')
+  if weights and not any(weights):
+    raise UserError(f'loss.weights is {weights}; one of them has to be above 0')
   wanted = len(config.tasks) if config.loss.combination == 'fixed' else 0
   if len(config.loss.weights) != wanted:
     raise UserError(

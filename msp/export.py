@@ -1,5 +1,6 @@
 """A trained network as one file that needs JAX alone to run: serialised StableHLO."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 
@@ -120,6 +121,7 @@ def card(
   metrics: Mapping[str, float],
   sparsity: Mapping[str, float],
   source: str,
+  content: bytes,
 ) -> dict:
   """What a user of the file has to know, as plain data.
 
@@ -130,6 +132,10 @@ def card(
     metrics: of the test split.
     sparsity: shares and counts.
     source: data set, and its terms.
+    content: of the file.
+
+  Returns:
+    The model card, for JSON; 'sha256' is that of the file.
   """
   return {
     'name': name,
@@ -156,6 +162,7 @@ def card(
     'metrics of the test split': dict(metrics),
     'sparsity': dict(sparsity),
     'trained on': source,
+    'sha256': hashlib.sha256(content).hexdigest(),
   }
 
 

@@ -103,7 +103,7 @@ def read(source: str, model: multitask.MultiTask, data_set: str) -> Initial:
   """
   if not source:
     return Initial()
-  path = Path(source)
+  path = Path(source).expanduser()
   if (path / compact.FILE).exists():
     shape, arrays, folded = compact.read_arrays(path)
     if folded:
@@ -120,9 +120,12 @@ def read(source: str, model: multitask.MultiTask, data_set: str) -> Initial:
     return _read_run(source, model, data_set)
   if path.suffix in ('.npz', '.safetensors'):
     return _from_torch(source, _read_file(path), model)
-  raise UserError(
-    f'initial={source}: no compact network, work directory, .npz or .safetensors file'
-  )
+  reason = 'no compact network, work directory, .npz or .safetensors file'
+  if not path.exists():
+    reason = 'there is no such file or folder'
+  elif path.suffix in ('.pth', '.pt', '.bin'):
+    reason = 'save its state dict as .safetensors or .npz'
+  raise UserError(f'initial={source}: {reason}')
 
 
 def tasks(source: str, data_set: str) -> list[str]:
@@ -135,7 +138,7 @@ def tasks(source: str, data_set: str) -> list[str]:
   Raises:
     UserError: there is none, or it is of another kind.
   """
-  path = Path(source)
+  path = Path(source).expanduser()
   if source and (path / compact.FILE).exists():
     arrays = compact.read_arrays(path)[1]
     heads = [name.split('/')[2] for name in arrays if name.startswith('params/heads/')]
@@ -147,7 +150,7 @@ def tasks(source: str, data_set: str) -> list[str]:
 def _learned(source):
   """The data set and the tasks of a run."""
   try:
-    config = json.loads((Path(source) / 'config.json').read_text())
+    config = json.loads((Path(source).expanduser() / 'config.json').read_text())
     return config['data']['name'], list(config['tasks'])
   except (OSError, ValueError, KeyError, TypeError):
     raise UserError(

@@ -13,7 +13,7 @@ import optax
 
 from msp import groups as gr
 from msp import transforms
-from msp.errors import UserError, words
+from msp.errors import UserError, own_words, words
 from msp.prox import Penalty
 
 PyTree = Any
@@ -42,6 +42,15 @@ def build(
   """
   if not entries:
     raise UserError(f'{where} is empty; name at least one transform')
+  for i, entry in enumerate(entries):
+    if not hasattr(entry, 'items') or not isinstance(entry.get('name'), str):
+      raise UserError(
+        f"{where}[{i}] is {entry!r}; it has to be a dict(name='…', …) with the name "
+        f'and the arguments of a transform'
+      )
+    for name, value in entry.items():
+      if isinstance(value, float) and math.isnan(value):
+        raise UserError(f'{where}[{i}].{name} is nan; it has to be a number')
   chain = optax.chain(
     *(_resolve(dict(entry), where, differentiated) for entry in entries)
   )
@@ -191,7 +200,11 @@ _WRONG_ARGUMENTS = (TypeError, ValueError, LookupError, AttributeError)
 def _call(factory, name, arguments, where):
   try:
     return factory(**arguments)
-  except _WRONG_ARGUMENTS as e:
+  except Exception as e:
+    if ':' in name and not isinstance(e, _WRONG_ARGUMENTS):
+      raise UserError(f'{where}: {name} failed: {own_words(e)}') from None
+    if not isinstance(e, _WRONG_ARGUMENTS):
+      raise
     takes = ', '.join(inspect.signature(factory).parameters)
     raise UserError(
       f'{where}: {name} cannot take {arguments}: {words(e)}; it takes {takes}'
@@ -204,8 +217,13 @@ def _find(name, where):
   if isinstance(name, str) and ':' in name:
     try:
       found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as e:
-      raise UserError(f'{where}: {name!r} cannot be imported: {words(e)}') from None
+    except Exception as e:  # the module is somebody else's
+      raise UserError(f'{where}: {name!r} cannot be imported: {own_words(e)}') from None
+    if not callable(found):
+      raise UserError(
+        f'{where}: {name!r} is a {type(found).__name__}; it has to be a function that '
+        f'returns a transform'
+      )
   elif isinstance(name, str) and found is None:
     found = optax
     for part in name.split('.'):

@@ -5,6 +5,7 @@ python -m msp.predict runs/NAME/export photos predictions
 
 import argparse
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -54,6 +55,8 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
   try:
     card = json.loads((exported / 'model_card.json').read_text())
     content = (exported / 'model.stablehlo').read_bytes()
+    if hashlib.sha256(content).hexdigest() != card['sha256']:
+      raise ValueError('model.stablehlo is not the file of its model card')
     network = jax_export.deserialize(bytearray(content))
     kinds = {name: out['kind'] for name, out in card['outputs'].items()}
     classes = {name: out['classes'] for name, out in card['outputs'].items()}

@@ -126,6 +126,13 @@ def check(sweep: ConfigDict) -> None:
   for seed in sweep.seeds:
     if not (isinstance(seed, int) and 0 <= seed < 2**31):
       raise UserError(f'seed {seed!r} of sweep {sweep.name} is not in [0, 2^31)')
+  if len(set(sweep.seeds)) < len(sweep.seeds):
+    raise UserError(f'sweep {sweep.name} has a seed twice: {sweep.seeds}')
+  for entry in sweep.runs:
+    try:
+      dataset.make_tasks(entry.config)
+    except (UserError, data.DataError) as e:
+      raise UserError(f'run {entry.name!r} of sweep {sweep.name}: {e}') from None
   if len({_slug(name) for name in names}) < len(names):
     raise UserError(f'two runs of sweep {sweep.name} would have one work directory')
   for position, entry in enumerate(sweep.runs):
@@ -166,7 +173,7 @@ def configuration(
   if sweep.steps:
     config.train.steps = sweep.steps
     config.train.evaluate_every = min(config.train.evaluate_every, sweep.steps)
-  source = sweep.sources[config.data.name]
+  source = dict(sweep.sources).get(config.data.name, '')
   if source and not config.data.procedural_images:
     config.data.source = source
   if entry.start:  # whatever directory the sweep is gone on with from

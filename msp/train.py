@@ -20,7 +20,7 @@ from msp import initial as initial_module
 from msp import workdir as workdir_module
 from msp.checkpoint import Checkpoints
 from msp.console import Bar, Clock, Interruption
-from msp.errors import UserError
+from msp.errors import UserError, words
 from msp.evaluate import make_predict
 from msp.experiment import begun
 from msp.monitor import Monitor, flatten, summary
@@ -76,8 +76,14 @@ def train(
       progress = Progress(alive_at_start=count(state.params).alive.tolist())
     else:
       step, (state, meta) = latest
-      feed.set_state(meta['data'])
-      progress = Progress(**meta['progress'])
+      try:
+        feed.set_state(meta['data'])
+        progress = Progress(**meta['progress'])
+      except (LookupError, TypeError, ValueError) as e:
+        raise UserError(
+          f'the checkpoint of step {step} in {workdir} is of another version of this '
+          f'program, which it cannot go on from ({words(e)}); train in a new directory'
+        ) from None
       logger.info('going on from step %d', step)
     first, evaluate = processes.is_first(), run.evaluator()
     new_writer = lambda: MetricWriter(workdir, step) if first else SilentWriter()

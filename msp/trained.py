@@ -94,6 +94,8 @@ def compact_run(
   )
   if not changed:
     logger.info('step %d has no channel to remove; nothing written', latest)
+    if (workdir / 'compact').exists():
+      logger.warning('%s is of an earlier state', workdir / 'compact')
     return None
   batch = run.sample(COMPARED)
   difference = compact.difference(dense, result, batch['image'])
@@ -107,6 +109,8 @@ def compact_run(
   shape = (*config.data.image_size, 3)
   networks = {'dense': dense, 'compact': result}
   folder = workdir / 'compact'
+  for name in ('compact.json', 'compact.md'):  # of an earlier state
+    (folder / name).unlink(missing_ok=True)
   compact.write(folder, result)
   if model.backbone.norm == 'batch':
     networks['folded'] = compact.fold(result)
@@ -187,6 +191,7 @@ def export_run(
       'step': latest,
     },
     f'{config.data.name}: {terms}',
+    content,
   )
   folder = workdir / 'export'
   files = {
@@ -196,7 +201,8 @@ def export_run(
   }
   try:
     folder.mkdir(exist_ok=True)
-    (folder / 'model.onnx').unlink(missing_ok=True)  # of an earlier state
+    for name in ('model_card.json', 'model_card.md', 'model.onnx'):
+      (folder / name).unlink(missing_ok=True)  # of an earlier state
     for name, whole in files.items():
       workdir_module.write(folder / name, whole)
     content = _export_onnx(predict, shape, images)

@@ -51,10 +51,24 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys, caplog):
   assert caplog.messages == []
 
 
-def test_asked_once_a_run_ends_its_step_asked_twice_it_stops():
+def test_what_a_shell_has_ignored_stays_ignored():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with console.Interruption() as interruption:
+      signal.raise_signal(signal.SIGINT)
+      assert not interruption.received
+      signal.raise_signal(signal.SIGTERM)
+      assert interruption.received
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def test_asked_once_a_run_ends_its_step_asked_twice_it_stops(capfd):
   with console.Interruption() as interruption:
     signal.raise_signal(signal.SIGTERM)
     assert interruption.received == signal.SIGTERM
+    assert 'stopping after this step' in capfd.readouterr().err
     with pytest.raises(KeyboardInterrupt):
       signal.raise_signal(signal.SIGINT)
 

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -360,6 +361,13 @@ def test_too_few_images(tmp_path):
   source = tmp_path / 'two'
   data.render_faces(source, 2, (32, 32), seed=0, progress=False)
   fails(source, tmp_path, 'too few', 'the split val is empty')
+
+
+def test_a_name_that_is_no_text(tmp_path, monkeypatch):
+  names = ('a', os.fsdecode(b'b\xff'))
+  entries = {'train': [types.SimpleNamespace(name=name) for name in names]}
+  monkeypatch.setattr(preparation.celebamask_hq, 'scan', lambda _: entries)
+  fails(tmp_path / 'source', tmp_path, "'b\\udcff'", 'is not UTF-8; rename the file')
 
 
 def wait_for_waiting(future, caplog):

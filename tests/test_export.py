@@ -1,6 +1,7 @@
 """Exported files give the predictions of the network they came from."""
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -63,7 +64,7 @@ def exported(network, tmp_path_factory):
   folder = tmp_path_factory.mktemp('export')
   content = export.serialize(predict, SHAPE)
   (folder / 'model.stablehlo').write_bytes(content)
-  card = export.card('net', made, SHAPE, {}, {}, 'nothing')
+  card = export.card('net', made, SHAPE, {}, {}, 'nothing', content)
   (folder / 'model_card.json').write_text(json.dumps(card))
   return folder
 
@@ -194,8 +195,15 @@ def test_what_cannot_be_predicted(exported, tmp_path):
   damaged.mkdir()
   card = (exported / 'model_card.json').read_text()
   content = (exported / 'model.stablehlo').read_bytes()
-  for one, other in ((card, content[:100]), (card, b''), ('[]', content),
-                     ('{"outputs": {"parts": {}}}', content)):  # fmt: skip
+  middle = len(content) // 2
+  zeroed = content[:middle] + bytes(500) + content[middle + 500 :]
+  for one, other in (
+    (card, content[:100]),
+    (card, b''),
+    (card, zeroed),
+    ('[]', content),
+    ('{"outputs": {"parts": {}}}', content),
+  ):
     (damaged / 'model_card.json').write_text(one)
     (damaged / 'model.stablehlo').write_bytes(other)
     with pytest.raises(UserError, match='no exported network in'):
@@ -211,6 +219,8 @@ def test_what_cannot_be_predicted(exported, tmp_path):
     (lambda x: x, [image]),
   ):
     program = jax.export.export(jax.jit(other))(*takes).serialize()
+    digest = {'sha256': hashlib.sha256(program).hexdigest()}
+    (damaged / 'model_card.json').write_text(json.dumps(json.loads(card) | digest))
     (damaged / 'model.stablehlo').write_bytes(program)
     with pytest.raises(UserError, match='is another program, not one from images'):
       predict_folder(damaged, empty, tmp_path / 'out')

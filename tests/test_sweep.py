@@ -317,6 +317,9 @@ def test_settings_of_all_runs(tmp_path):
   made.sources.camvid = '/elsewhere'
   config = sweep.configuration(made, made.runs[0], 0, tmp_path)
   assert config.data.source == '/elsewhere'
+  made.runs[0].config.data.name = 'examples.own_data'  # has the place of its own
+  made.runs[0].config.data.source = '/own'
+  assert sweep.configuration(made, made.runs[0], 0, tmp_path).data.source == '/own'
 
 
 def change(made, i, **values):
@@ -329,6 +332,11 @@ def change(made, i, **values):
     (lambda s: s.update(seeds=()), 'trial has no seeds'),
     (lambda s: s.update(seeds=(0, -1)), r'seed -1 of sweep trial is not in \[0, 2\^31'),
     (lambda s: s.update(seeds=(0.5,)), r'seed 0\.5 of sweep trial is not in'),
+    (lambda s: s.update(seeds=(0, 0)), r'has a seed twice: \(0, 0\)'),
+    (
+      lambda s: s.runs[1].config.update(tasks=('presence_bike',)),
+      "run 'sparse' of sweep trial: unknown task 'presence_bike'",
+    ),
     (lambda s: s.update(steps=-1), 'steps of sweep trial is -1; .* at least 1, or 0'),
     (lambda s: s.runs.clear(), 'trial has no runs'),
     (lambda s: change(s, 0, start='sparse'), "starts from 'sparse'.* not a run before"),
