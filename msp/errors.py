@@ -45,8 +45,6 @@ def own_words(error: Exception) -> str:
   place = traceback.extract_tb(error.__traceback__)[-1]
   if isinstance(error, SyntaxError):
     return f'{error.filename}, line {error.lineno}: {error.msg}'
-  if isinstance(error, ImportError):
-    return words(error)
   return f'{type(error).__name__}: {words(error)} ({place.filename}:{place.lineno})'
 
 

@@ -217,7 +217,9 @@ def _find(name, where):
   if isinstance(name, str) and ':' in name:
     try:
       found = pkgutil.resolve_name(name)
-    except Exception as e:  # the module is somebody else's
+    except (ImportError, AttributeError, ValueError) as e:
+      raise UserError(f'{where}: {name!r} cannot be imported: {words(e)}') from None
+    except Exception as e:  # of the module itself
       raise UserError(f'{where}: {name!r} cannot be imported: {own_words(e)}') from None
     if not callable(found):
       raise UserError(

@@ -109,7 +109,7 @@ def test_prepared_set_is_reused_even_without_its_source(
   assert prepare(source, tmp_path) == folder
   shutil.rmtree(source)
   assert prepare(source, tmp_path) == folder
-  assert f'what was prepared from it is used: {folder}' in caplog.text
+  assert f'using what was prepared in {folder}, because ' in caplog.text
 
 
 def test_all_bad_files_are_named_and_nothing_is_built(source, tmp_path):

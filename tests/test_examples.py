@@ -72,6 +72,8 @@ def test_a_transform_of_ones_own(tmp_path, monkeypatch):
   (tmp_path / 'own_transforms.py').write_text(
     'import optax\ndef halve(rate):\n  return optax.scale(-0.5 * rate)\n'
   )
+  (tmp_path / 'wrong_syntax.py').write_text('def f(:')
+  (tmp_path / 'wrong_name.py').write_text('import optax\nnothing()')
   monkeypatch.syspath_prepend(tmp_path)
   tx = optimizers.build([{'name': 'own_transforms:halve', 'rate': 3.0}], 'optimizer')
   updates, _ = tx.update(np.ones(2), tx.init(np.ones(2)))
@@ -79,8 +81,10 @@ def test_a_transform_of_ones_own(tmp_path, monkeypatch):
   for name, message in (
     ('own_transforms:third', "cannot be imported: .*no attribute 'third'"),
     ('own_transform:halve', "cannot be imported: No module named 'own_transform'"),
-    ('own_transforms:', 'unknown transform|cannot be imported'),
-    ('own_transforms:optax', "unknown transform 'own_transforms:optax'"),
+    ('own_transforms:', 'is a module; it has to be a function that returns a'),
+    ('own_transforms:optax', 'is a module; it has to be a function that returns a'),
+    ('wrong_syntax:f', r'cannot be imported: .*wrong_syntax\.py, line 1: '),
+    ('wrong_name:f', r'NameError: .*nothing.* \(.*wrong_name\.py:2\)'),
   ):
     with pytest.raises(UserError, match=message):
       optimizers.build([{'name': name, 'rate': 3.0}], 'optimizer')

@@ -239,8 +239,15 @@ def test_what_cannot_be_begun_with(tmp_path):
   compact.write(tmp_path / 'compact' / 'folded', compact.fold(result))
   with pytest.raises(UserError, match='norms folded and cannot be trained'):
     read(str(tmp_path / 'compact' / 'folded'), model, 'camvid')
-  with pytest.raises(UserError, match=r'no compact network, work directory, \.npz'):
-    read(str(tmp_path / 'nowhere'), model, 'camvid')
+  (tmp_path / 'empty').mkdir()
+  (tmp_path / 'torch.pth').write_bytes(b'')
+  for name, message in (
+    ('nowhere', 'there is no such file or folder'),
+    ('empty', r'no compact network, work directory, \.npz'),
+    ('torch.pth', r'save its state dict as \.safetensors or \.npz'),
+  ):
+    with pytest.raises(UserError, match=f'{name}: {message}'):
+      read(str(tmp_path / name), model, 'camvid')
   (tmp_path / 'run' / 'checkpoints').mkdir(parents=True)
   with pytest.raises(UserError, match='no complete checkpoint'):
     read(str(tmp_path / 'run'), model, 'camvid')

@@ -1250,7 +1250,7 @@ def test_training_goes_on_from_a_compact_network_and_from_that_run(faces, tmp_pa
   shutil.rmtree(tmp_path / 'compact')
   c.initial = str(tmp_path / 'compact')
   trained.evaluate_run(c, tmp_path / 'second', jax.devices()[:1])
-  with pytest.raises(UserError, match='no compact network, work directory'):
+  with pytest.raises(UserError, match='there is no such file or folder'):
     build(c, data.labels(c.data.name))
 
 
