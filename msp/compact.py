@@ -344,6 +344,9 @@ def read(folder: Path, model: multitask.MultiTask) -> Compact:
     folder: of the compact network.
     model: the network it was before, from the same configuration.
 
+  Returns:
+    The compact network, its arrays on the host.
+
   Raises:
     UserError: there is none, it is damaged, or of another network.
   """

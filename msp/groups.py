@@ -203,8 +203,13 @@ def short_name(layer: str) -> str:
 def select(groups: Groups, tree: PyTree) -> dict[str, jax.Array]:
   """The leaves of `tree` that are grouped, by path, in the groups' order.
 
-  Of coupled groups a matrix (channels, n_g) for each stream. A layer of which `tree`
-  lacks a leaf is left out.
+  Args:
+    groups: which leaves.
+    tree: of the parameters' structure, or a part of it.
+
+  Returns:
+    layer -> kernel, shape (..., in, out); of coupled groups stream -> matrix
+    (channels, n_g). A layer of which `tree` lacks a leaf is left out.
   """
   named = by_path(tree)
   if groups.axis != 'coupled':
@@ -244,7 +249,15 @@ def by_path(tree: PyTree) -> dict[str, jax.Array]:
 def gather(
   members: Sequence[tuple[str, int]], leaves: Mapping[str, jax.Array]
 ) -> jax.Array:
-  """Coupled groups as a matrix (channels, n_g), a row for each channel."""
+  """Coupled groups as a matrix, a row for each channel.
+
+  Args:
+    members: (path, axis of the channels) of the arrays of a stream.
+    leaves: path -> array.
+
+  Returns:
+    Shape (channels, n_g): what belongs to a channel, of all members side by side.
+  """
   return jnp.concatenate(
     [
       jnp.moveaxis(leaves[path], axis, 0).reshape(leaves[path].shape[axis], -1)
@@ -259,7 +272,16 @@ def scatter(
   matrix: jax.Array,
   leaves: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
-  """`leaves` with the entries of a stream's groups put in; undoes `gather`."""
+  """`leaves` with the entries of a stream's groups put in; undoes `gather`.
+
+  Args:
+    members: as of `gather`.
+    matrix: shape (channels, n_g).
+    leaves: path -> array; those of no member stay.
+
+  Returns:
+    path -> array, shapes of `leaves`.
+  """
   changed, start = dict(leaves), 0
   for path, axis in members:
     shape = jnp.moveaxis(leaves[path], axis, 0).shape
@@ -348,7 +370,16 @@ def other_axes(x: jax.Array, axis: int | None) -> tuple[int, ...]:
 
 
 def expand(value: jax.Array, x: jax.Array, axis: int | None) -> jax.Array:
-  """Reshapes one value a group so that it broadcasts against the kernel x."""
+  """Reshapes one value a group so that it broadcasts against the kernel x.
+
+  Args:
+    value: shape (), (x.shape[axis],), or for single weights x.shape.
+    x: kernel, shape (..., in, out).
+    axis: the group axis, or None.
+
+  Returns:
+    As many axes as x: 1 on each but `axis`; for single weights x.shape.
+  """
   value = jnp.asarray(value)
   if value.ndim == 0 or axis is None:
     return value if value.ndim else value.reshape((1,) * x.ndim)
@@ -381,7 +412,18 @@ def lambda_max(groups: Groups, gradients: PyTree) -> jax.Array:
 
 
 def alive(groups: Groups, params: PyTree) -> dict[str, jax.Array]:
-  """Which groups hold a non-zero weight: layer -> bool, one entry a group."""
+  """Which groups hold a non-zero weight.
+
+  Args:
+    groups: which groups.
+    params: θ, or the part of it that `masked` or `partition` leaves.
+
+  Returns:
+    layer -> bool, one entry a group: shape (channels,), of single weights the kernel's.
+
+  Raises:
+    UserError: see `require`.
+  """
   require(groups, params)
   axis = groups.array_axis
   return {
@@ -432,7 +474,18 @@ class Sparsity(NamedTuple):
 
 
 def sparsity(groups: Groups, params: PyTree) -> Sparsity:
-  """Counts dead groups and zero weights on the axis the prox uses."""
+  """Counts dead groups and zero weights on the axis the prox uses.
+
+  Args:
+    groups: which groups.
+    params: θ.
+
+  Returns:
+    Shares and counts; all layers together, a kernel that is in two streams once.
+
+  Raises:
+    UserError: see `require`.
+  """
   require(groups, params)
   leaves = select(groups, params)
   masks = alive(groups, params)

@@ -179,8 +179,17 @@ def compare(
 ) -> Twin:
   """Adds one pair of hold-out losses, by task, to the running comparison.
 
-  The pair shares its batch, so the batch's own difficulty cancels in the gap. A task
-  without a loss (0: no label in the batch) keeps its numbers.
+  The pair shares its batch, so the batch's own difficulty cancels in the gap.
+
+  Args:
+    twin: before.
+    sparse: L_t of the network, task -> shape (), float.
+    dense: L_t of the twin on the same batch. A task without a loss in either (0: no
+      label in the batch) keeps its numbers.
+    decay: of the running means and variance; the first comparisons weigh alike.
+
+  Returns:
+    The twin with count, gap, level and spread after.
   """
   stack = lambda values: jnp.stack(list(values.values()))
   logs = lambda values: jnp.log(stack(values))
@@ -237,19 +246,34 @@ def restore(
 def allowed(objective: Objective, twin: Twin) -> jax.Array:
   """The allowed gaps: log(1 + ε), or one standard error of the twin's log loss.
 
-  The larger of the two, shape (tasks,): less than the standard error the hold-out
-  part cannot tell. It is that of a mean of `hold_out_batches` batches (the 1-SE rule
-  of lasso practice, as a constraint).
+  The larger of the two: less than the standard error the hold-out part cannot tell. It
+  is that of a mean of `hold_out_batches` batches (the 1-SE rule of lasso practice, as a
+  constraint).
+
+  Args:
+    objective: with `tolerance` and `hold_out_batches`.
+    twin: after `compare`.
+
+  Returns:
+    Shape (tasks,), float: bounds of log(L_t/L_t of the twin).
   """
   error = jnp.sqrt(twin.spread / objective.hold_out_batches)
   return jnp.maximum(error, math.log1p(objective.tolerance))
 
 
 def removed(objective: Objective, groups: gr.Groups, params: PyTree) -> jax.Array:
-  """The share that is gone: of groups, of weights, or of FLOPs; shape ().
+  """The share that is gone: of groups, of weights, or of FLOPs.
 
   The FLOPs of a convolution are 2 · (non-zero kernel entries by group) · positions; of
   coupled groups those between input and output channels that are both alive.
+
+  Args:
+    objective: with `measure`, and `positions` for FLOPs.
+    groups: which groups.
+    params: θ⁰.
+
+  Returns:
+    Shape (), float32, in [0, 1].
   """
   counted = gr.sparsity(groups, params)
   if objective.measure != 'flops':
@@ -332,9 +356,16 @@ def settling(
 
 
 def tolerance_violation(objective: Objective, twin: Twin) -> jax.Array:
-  """max_t (gap − allowed)/allowed, shape (); −1 where all tasks equal the twin.
+  """max_t (gap − allowed)/allowed: > 0 where a task is worse than it may be.
 
   The worst task decides: a mean would let one task that overfits pay for the others.
+
+  Args:
+    objective: see `allowed`.
+    twin: after `compare`.
+
+  Returns:
+    Shape (), float; −1 where all tasks equal the twin.
   """
   limit = allowed(objective, twin)
   # Two equal losses, as in the first step, leave nothing to divide by.
