@@ -854,7 +854,8 @@ def render_faces(
         _write_face(target, index, face, image_size, seed)
     write_atomically(target / ATTRIBUTE_FILE, _attribute_table(rows).encode())
 
-  return stand_in.render(target, settings, (images.name, MASK_FOLDER), fill)
+  layout = (images.name, MASK_FOLDER, ATTRIBUTE_FILE)
+  return stand_in.render(target, settings, layout, fill)
 
 
 def _write_face(target, index, face, image_size, seed) -> None:

@@ -1,7 +1,6 @@
 """The procedural stand-in: layout, determinism, resuming, plausible labels."""
 
 import io
-import json
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from data.procedural_faces import (
   draw_face,
   paint_face,
 )
+from tests.test_data_stand_in import contents
 
 NUM, SIZE = 12, (48, 48)
 
@@ -22,14 +22,6 @@ NUM, SIZE = 12, (48, 48)
 def faces(tmp_path_factory):
   target = tmp_path_factory.mktemp('faces') / 'set'
   return render_faces(target, NUM, SIZE, seed=3, progress=False)
-
-
-def contents(folder):
-  return {
-    str(path.relative_to(folder)): path.read_bytes()
-    for path in sorted(folder.rglob('*'))
-    if path.is_file()
-  }
 
 
 def test_files_have_the_published_layout(faces):
@@ -82,14 +74,6 @@ def test_seed_and_number_decide_the_face_and_the_scene(tmp_path, monkeypatch):
   assert scenes['CelebA-HQ-img/0.jpg'] != scenes['CelebA-HQ-img/1.jpg']
 
 
-def test_a_face_does_not_depend_on_how_many_there_are(faces, tmp_path):
-  fewer = render_faces(tmp_path / 'a', 5, SIZE, seed=3, progress=False)
-  whole = contents(faces)
-  for name, content in contents(fewer).items():
-    if name.endswith(('.jpg', '.png')):
-      assert whole[name] == content
-
-
 def test_killed_rendering_continues_to_the_same_files(faces, tmp_path, monkeypatch):
   from data import procedural_faces
 
@@ -115,54 +99,6 @@ def test_killed_rendering_continues_to_the_same_files(faces, tmp_path, monkeypat
   again = render_faces(tmp_path / 'a', NUM, SIZE, seed=3, progress=False)
   assert written == list(range(5, NUM))
   assert contents(again) == contents(faces)
-
-
-def test_complete_set_is_not_rendered_again(faces, monkeypatch):
-  from data import procedural_faces
-
-  monkeypatch.setattr(procedural_faces, 'draw_face', None)
-  render_faces(faces, NUM, SIZE, seed=3, progress=False)
-
-
-@pytest.mark.parametrize(
-  ('change', 'words'),
-  [
-    ({'seed': 4}, 'seed: 3, now 4'),
-    ({'num': 13}, 'num: 12, now 13'),
-    ({'image_size': (32, 32)}, 'image_size: [48, 48], now [32, 32]'),
-  ],
-)
-def test_set_made_with_other_settings_is_refused(faces, change, words):
-  before = contents(faces)
-  settings = {'num': NUM, 'image_size': SIZE, 'seed': 3} | change
-  with pytest.raises(DataError) as error:
-    render_faces(faces, **settings, progress=False)
-  assert words in str(error.value)
-  assert contents(faces) == before
-
-
-def test_real_data_set_is_never_written_into(tmp_path):
-  (tmp_path / 'CelebA-HQ-img').mkdir()
-  with pytest.raises(DataError, match='not procedural'):
-    render_faces(tmp_path, 2, SIZE, seed=0, progress=False)
-
-
-def test_target_that_is_a_file(tmp_path):
-  (tmp_path / 'x').write_text('')
-  with pytest.raises(DataError, match='cannot write procedural faces'):
-    render_faces(tmp_path / 'x', 2, SIZE, seed=0, progress=False)
-
-
-def test_unreadable_marker(tmp_path):
-  (tmp_path / 'procedural.json').write_text('{')
-  with pytest.raises(DataError, match=r'procedural\.json is not readable'):
-    render_faces(tmp_path, 2, SIZE, seed=0, progress=False)
-
-
-def test_marker_tells_the_settings(faces):
-  marker = json.loads((faces / 'procedural.json').read_text())
-  assert marker['complete'] is True
-  assert (marker['num'], marker['seed']) == (NUM, 3)
 
 
 def test_mask_encoder_against_pillow():

@@ -1,7 +1,5 @@
 """Procedural rooms: layout, determinism, resuming, and labels that are exact."""
 
-import json
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +16,7 @@ from data.procedural_rooms import (
   render_rooms,
   split_of,
 )
+from tests.test_data_stand_in import contents
 
 NUM, SIZE = 10, (24, 32)
 BRICK, BALL, DRUM = range(3)
@@ -34,14 +33,6 @@ def cases():
   """Rooms and their scenes."""
   drawn = [draw_room(5, index) for index in range(12)]
   return [(room, cast(room, (48, 64))) for room in drawn]
-
-
-def contents(folder):
-  return {
-    str(path.relative_to(folder)): path.read_bytes()
-    for path in sorted(folder.rglob('*'))
-    if path.is_file()
-  }
 
 
 def rotation(room):
@@ -153,14 +144,6 @@ def test_same_seed_same_bytes_other_seed_other_rooms(rooms, tmp_path):
     assert contents(rooms)[name.replace('0.', '1.')] != contents(rooms)[name]
 
 
-def test_a_room_does_not_depend_on_how_many_there_are(rooms, tmp_path):
-  fewer = render_rooms(tmp_path / 'a', 7, SIZE, seed=3, progress=False)
-  whole = contents(rooms)
-  for name, content in contents(fewer).items():
-    if name.endswith(('.jpg', '.png', '.npy')):
-      assert whole[name] == content
-
-
 @pytest.mark.parametrize('last', ['normals', 'segmentation', 'images'])
 def test_killed_rendering_continues_to_the_same_files(
   rooms, tmp_path, monkeypatch, last
@@ -209,60 +192,12 @@ def test_killed_before_the_first_room_it_can_begin_again(tmp_path, monkeypatch):
   assert made == ['.lock']  # nothing that would pass for a real data set
 
 
-def test_complete_set_is_not_rendered_again(rooms, monkeypatch):
-  monkeypatch.setattr(procedural_rooms, 'draw_room', None)
-  render_rooms(rooms, NUM, SIZE, seed=3, progress=False)
-
-
-@pytest.mark.parametrize(
-  ('change', 'words'),
-  [
-    ({'seed': 4}, 'seed: 3, now 4'),
-    ({'num': 13}, 'num: 10, now 13'),
-    ({'image_size': (32, 32)}, 'image_size: [24, 32], now [32, 32]'),
-  ],
-)
-def test_set_made_with_other_settings_is_refused(rooms, change, words):
-  before = contents(rooms)
-  settings = {'num': NUM, 'image_size': SIZE, 'seed': 3} | change
-  with pytest.raises(DataError) as error:
-    render_rooms(rooms, **settings, progress=False)
-  assert words in str(error.value)
-  assert contents(rooms) == before
-
-
-@pytest.mark.parametrize('folder', ['images', 'segmentation', 'gt_sets'])
-def test_real_data_set_is_never_written_into(tmp_path, folder):
-  (tmp_path / folder).mkdir()
-  with pytest.raises(DataError, match='not procedural'):
-    render_rooms(tmp_path, 7, SIZE, seed=0, progress=False)
-  assert [path.name for path in tmp_path.iterdir()] == [folder]
-
-
-def test_target_that_is_a_file(tmp_path):
-  (tmp_path / 'x').write_text('')
-  with pytest.raises(DataError, match='cannot write procedural rooms'):
-    render_rooms(tmp_path / 'x', 7, SIZE, seed=0, progress=False)
-
-
 @pytest.mark.parametrize('wrong', [{'num': 6}, {'image_size': (8, 64)}, {'seed': -1}])
 def test_impossible_settings(tmp_path, wrong):
   settings = {'num': 7, 'image_size': SIZE, 'seed': 0} | wrong
   with pytest.raises(DataError, match='cannot render'):
     render_rooms(tmp_path / 'a', **settings, progress=False)
   assert not (tmp_path / 'a').exists()
-
-
-def test_marker_tells_the_settings(rooms):
-  marker = json.loads((rooms / 'procedural.json').read_text())
-  assert marker == {
-    'what': 'procedural rooms, a stand-in for NYU-v2 (NYUD_MT)',
-    'renderer_version': procedural_rooms.RENDERER_VERSION,
-    'num': NUM,
-    'image_size': list(SIZE),
-    'seed': 3,
-    'complete': True,
-  }
 
 
 # Labels.
