@@ -21,10 +21,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from benchmarks.speed import Label
+from benchmarks.batches import random_batch
 from configs import common
+from data import Label
 from msp.experiment import build
 
 STEPS = 5  # under way at a time, so that the host's part is not what is timed
@@ -41,19 +41,6 @@ def labels(heads):
     classes = tuple(str(i) for i in range(max(outputs, 2 - outputs)))
     found[name] = Label(kind, classes)
   return found
-
-
-def make_batch(heads, size, batch):
-  rng = np.random.default_rng(0)
-  arrays = {
-    'image': rng.random((batch, size, size, 3), np.float32),
-    'valid': np.ones(batch, bool),
-  }
-  for name, outputs in heads.items():
-    shape = (batch, size, size) if outputs else batch
-    values = rng.integers(0, max(outputs, 2), shape)
-    arrays[name] = values.astype(np.float32 if outputs == 1 else np.int32)
-  return arrays
 
 
 def make_config(heads, size, batch, steps):
@@ -126,7 +113,7 @@ def flops(config, heads, batches):
 
 def measure(name, heads, steps, size, batch, rounds, peak, trace):
   config = make_config(heads, size, batch, steps)
-  arrays = make_batch(heads, size, batch)
+  arrays = random_batch(labels(heads), (size, size), batch)
   batches = {'query': arrays}
   if steps:
     batches |= {'support': arrays, 'hold_out': arrays}

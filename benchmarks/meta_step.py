@@ -15,9 +15,9 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import data
+from benchmarks.batches import random_batch
 from configs import celeba_meta
 from msp.experiment import build
 
@@ -32,27 +32,12 @@ def make_config(full: bool):
   return config
 
 
-def make_batch(config, size):
-  rng = np.random.default_rng(0)
-  shape = (size, *config.data.image_size)
-  labels = data.labels(config.data.name)
-  batch = {
-    'image': rng.random((*shape, 3), np.float32),
-    'valid': np.ones(size, bool),
-  }
-  for task in config.tasks:
-    label = labels[task]
-    dense = label.kind == 'segmentation'
-    batch[task] = rng.integers(
-      0, len(label.classes), shape if dense else size, np.int32
-    )
-  return batch
-
-
 def lower(config):
   """The step of a configuration, lowered, with its arguments' shapes."""
-  experiment = build(config, data.labels(config.data.name))
-  half = make_batch(config, config.train.batch_size // 2)
+  found = data.labels(config.data.name)
+  experiment = build(config, found)
+  labels = {task: found[task] for task in config.tasks}
+  half = random_batch(labels, config.data.image_size, config.train.batch_size // 2)
   batches = {'support': half, 'query': half, 'hold_out': half}
   state = jax.eval_shape(experiment.init, jax.random.key(0), half)
   step = jax.jit(experiment.train_step, donate_argnums=0)

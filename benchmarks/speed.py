@@ -15,7 +15,6 @@ import functools
 import os
 import statistics
 import time
-from typing import NamedTuple
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 os.environ.setdefault('KMP_BLOCKTIME', '0')
@@ -26,20 +25,15 @@ import numpy as np
 import optax
 
 import msp
+from benchmarks.batches import random_batch
 from configs import common
+from data import Label
 from msp import groups as gr
 from msp.experiment import build
 
 # Heads as of NYU-v2: classes, one channel, three channels.
 OUTPUTS = (40, 1, 3)
 SMALL = {'blocks': (1, 1, 1, 1), 'block': 'basic', 'width': 0.5, 'head_features': 64}
-
-
-class Label(NamedTuple):
-  """A task of the benchmark, as `msp.tasks` wants it."""
-
-  kind: str
-  classes: tuple[str, ...]
 
 
 def labels():
@@ -58,18 +52,6 @@ def make_config(size, batch, **overrides):
   config.model.dropout = 0.0
   config.update_from_flattened_dict(overrides)
   return config
-
-
-def make_batch(size, batch, seed=0):
-  rng = np.random.default_rng(seed)
-  arrays = {
-    'image': rng.random((batch, size, size, 3), np.float32),
-    'valid': np.ones(batch, bool),
-  }
-  for n in OUTPUTS:
-    label = rng.integers(0, max(n, 2), (batch, size, size))
-    arrays[f'task{n}'] = label.astype(np.float32 if n == 1 else np.int32)
-  return arrays
 
 
 def alternate(variants, rounds):
@@ -138,7 +120,7 @@ def step(rounds, size=256, batch=2):
   from benchmarks import torch_peer
 
   torch.manual_seed(0)
-  lam, arrays = 1e-6, make_batch(size, batch)
+  lam, arrays = 1e-6, random_batch(labels(), (size, size), batch)
   image, targets = torch_batch(arrays)
 
   def peer(**options):
@@ -205,7 +187,7 @@ def meta(rounds, size=64, batch=8, steps=3):
   from benchmarks import torch_peer
 
   torch.manual_seed(0)
-  arrays = make_batch(size, batch)
+  arrays = random_batch(labels(), (size, size), batch)
   support = torch_batch(arrays)
   network = torch_peer.Network(
     OUTPUTS,
@@ -255,7 +237,9 @@ def hypergradients(rounds, size=48, batch=8):
         **{'sparsity.coefficient': 'learned', 'sparsity.hypergradient': mode},
         **{'meta.unroll': 'no', 'model.convolution_implementation': 'matmul'},
       )
-      call, _, compiled, seconds = compiled_step(config, make_batch(size, batch), True)
+      call, _, compiled, seconds = compiled_step(
+        config, random_batch(labels(), (size, size), batch), True
+      )
       times = alternate({'': call}, rounds)['']
       memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
       print(

@@ -3,7 +3,7 @@
 On a perceptron and data without end: several runs side by side are one program.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,17 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import celeba_meta
+from data import Label
 from msp import experiment, objectives
 from msp.models import multitask
 
 SEEDS = 4
 IMAGES = 64  # of a batch
 INPUTS = 48
-
-
-class Label(NamedTuple):
-  kind: str
-  classes: tuple[str, ...]
 
 
 LABELS = {name: Label('attribute', ('no', 'yes')) for name in ('male', 'eyeglasses')}

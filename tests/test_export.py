@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from data import Label
 from msp import export, tasks
 from msp.compact import Compact
 from msp.errors import UserError
@@ -20,11 +20,6 @@ from msp.models import multitask
 from msp.predict import predict_folder
 
 SHAPE = (24, 32, 3)
-
-
-class Label(NamedTuple):
-  kind: str
-  classes: tuple[str, ...]
 
 
 @pytest.fixture(scope='module')

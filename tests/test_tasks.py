@@ -1,21 +1,15 @@
 """Tasks: what `make` puts together, at which resolution, and what it refuses."""
 
-from typing import NamedTuple
-
 import jax
 import numpy as np
 import pytest
 
+from data import Label
 from msp import evaluate, losses, metrics, resize, tasks
 from msp.errors import UserError
 
 B, H, W = 3, 16, 24
 LOW = (2, 3)
-
-
-class Label(NamedTuple):
-  kind: str
-  classes: tuple[str, ...]
 
 
 LABELS = {

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import msp
+from data import Label
 from msp import episodes, transforms
 from msp import groups as gr
 from msp import tasks as task_module
@@ -38,11 +39,6 @@ jit = functools.partial(
     'xla_cpu_use_fusion_emitters': False,
   },
 )
-
-
-class Label(NamedTuple):
-  kind: str
-  classes: tuple[str, ...]
 
 
 LABELS = {
