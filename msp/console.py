@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a bar on a terminal, lines in a log."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -129,4 +130,5 @@ class Interruption:
       raise KeyboardInterrupt
     self.received = number
     # Not by a logger or the bar, which may be in the middle of a line.
-    os.write(2, b'\nstopping after this step; asked again, at once\n')
+    with contextlib.suppress(OSError):  # closed
+      os.write(2, b'\nstopping after this step; asked again, at once\n')
