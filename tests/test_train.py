@@ -51,6 +51,7 @@ from msp.models import multitask
 from msp.monitor import Monitor
 from msp.objectives import Objective
 from msp.train_state import TrainState
+from msp.transforms import AdaptiveProximalState
 
 STEPS, EVALUATE_EVERY = 6, 2
 
@@ -989,11 +990,20 @@ def test_the_step_is_that_of_the_configuration(faces, monkeypatch):
       'train.steps': 40,
     },
   )
-  build(c, data.labels(c.data.name))
+  c.meta.optimizer = [
+    ConfigDict({'name': 'adam', 'learning_rate': 0.1, 'eps_root': 1e-16})
+  ]
+  model = build(c, data.labels(c.data.name)).model
   learning, settled = made
   assert learning.pop('rho_optimizer') is not None
   assert 'rho_optimizer' not in settled
   inner = learning['inner']
+  params, _ = jax.eval_shape(
+    lambda key: multitask.init(model, key, (16, 16, 3)), jax.random.key(0)
+  )
+  # The inner prox is in the metric of the inner optimiser.
+  state = jax.eval_shape(inner.optimizer.init, params)
+  assert isinstance(state, AdaptiveProximalState)
   assert inner._replace(optimizer=None) == Inner(
     None, steps=3, episodes='all', exact=True, unroll=False, truncation=2
   )
