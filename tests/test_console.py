@@ -51,20 +51,26 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys, caplog):
   assert caplog.messages == []
 
 
-def test_what_a_shell_has_ignored_stays_ignored():
-  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-  try:
-    with console.Interruption() as interruption:
-      signal.raise_signal(signal.SIGINT)
-      assert not interruption.received
-      signal.raise_signal(signal.SIGTERM)
-      assert interruption.received
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-  finally:
-    signal.signal(signal.SIGINT, before)
+@pytest.fixture
+def ctrl_c():
+  """Sets what Ctrl-C does, whatever it did where the tests were started."""
+  before = signal.getsignal(signal.SIGINT)
+  yield lambda handler: signal.signal(signal.SIGINT, handler)
+  signal.signal(signal.SIGINT, before)
 
 
-def test_asked_once_a_run_ends_its_step_asked_twice_it_stops(capfd):
+def test_what_a_shell_has_ignored_stays_ignored(ctrl_c):
+  ctrl_c(signal.SIG_IGN)
+  with console.Interruption() as interruption:
+    signal.raise_signal(signal.SIGINT)
+    assert not interruption.received
+    signal.raise_signal(signal.SIGTERM)
+    assert interruption.received
+  assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_asked_once_a_run_ends_its_step_asked_twice_it_stops(ctrl_c, capfd):
+  ctrl_c(signal.default_int_handler)
   with console.Interruption() as interruption:
     signal.raise_signal(signal.SIGTERM)
     assert interruption.received == signal.SIGTERM
