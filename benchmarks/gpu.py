@@ -3,6 +3,7 @@
   python -m benchmarks.gpu                 # NYU-like and CelebA-like heads
   python -m benchmarks.gpu --torch         # PyTorch's K = 0 step, too (CUDA)
   python -m benchmarks.gpu --trace DIR     # a profile of each step for Perfetto
+  python -m benchmarks.gpu --load DIR      # steps that benchmarks.ahead has compiled
   ... --heads NYU-like --inner-steps 0     # one row; K = 5 takes minutes to compile
 
 ResNet-50-D at 256 x 256, batch 16, bfloat16: the K = 0 step with Adam-metric prox and
@@ -14,6 +15,7 @@ peak. The batch is that of each part of a step: support, query, hold-out.
 """
 
 import argparse
+import lzma
 import statistics
 import sys
 import time
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import serialize_executable
 
 from benchmarks.batches import random_batch
 from configs import common
@@ -85,11 +88,47 @@ def ceiling(rounds, n=8192):
   return 2 * n**3 / seconds / 1e12
 
 
-def lower(config, heads, batches):
+def parts(arrays, steps):
+  """The parts of a step's batches; all of them are of the same images."""
+  names = ('query', 'support', 'hold_out') if steps else ('query',)
+  return dict.fromkeys(names, arrays)
+
+
+def lower(config, heads, batches, sharding=None):
+  """The step's program; sharding: of a device that is not at hand."""
   experiment = build(config, labels(heads))
-  state = jax.eval_shape(experiment.init, jax.random.key(0), batches['query'])
-  step = jax.jit(experiment.train_step, donate_argnums=0)
-  return experiment, step.lower(state, batches, jax.random.key(0))
+  key = jax.random.key(0)
+  state = jax.eval_shape(experiment.init, key, batches['query'])
+  arguments = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    (state, batches, key),
+  )
+  return experiment, jax.jit(experiment.train_step, donate_argnums=0).lower(*arguments)
+
+
+def file_name(name, steps):
+  return f'{name}-{steps}.xz'
+
+
+def load(path, config, heads, batches):
+  """A step that `benchmarks.ahead` has compiled."""
+  experiment = build(config, labels(heads))
+  key = jax.random.key(0)
+  state = jax.eval_shape(experiment.init, key, batches['query'])
+  result = jax.eval_shape(experiment.train_step, state, batches, key)
+  compiled = serialize_executable.deserialize_and_load(
+    lzma.decompress(path.read_bytes()),
+    jax.tree.structure(((state, batches, key), {})),
+    jax.tree.structure(result),
+  )
+  return experiment, compiled
+
+
+def needed(compiled):
+  """GiB of a compiled step: its arguments, results and temporaries."""
+  needs = compiled.memory_analysis()
+  size = needs.argument_size_in_bytes + needs.temp_size_in_bytes
+  return (size + needs.output_size_in_bytes - needs.alias_size_in_bytes) / 2**30
 
 
 def flops(config, heads, batches):
@@ -111,16 +150,19 @@ def flops(config, heads, batches):
   return total
 
 
-def measure(name, heads, steps, size, batch, rounds, peak, trace):
+def measure(name, heads, steps, size, batch, rounds, peak, trace, directory):
   config = make_config(heads, size, batch, steps)
-  arrays = random_batch(labels(heads), (size, size), batch)
-  batches = {'query': arrays}
-  if steps:
-    batches |= {'support': arrays, 'hold_out': arrays}
+  batches = parts(random_batch(labels(heads), (size, size), batch), steps)
   work = flops(config, heads, batches)
-  experiment, lowered = lower(config, heads, batches)
   start = time.perf_counter()
-  compiled = lowered.compile()
+  if directory:
+    experiment, compiled = load(
+      directory / file_name(name, steps), config, heads, batches
+    )
+  else:
+    experiment, lowered = lower(config, heads, batches)
+    start = time.perf_counter()
+    compiled = lowered.compile()
   seconds = time.perf_counter() - start
   batches = jax.tree.map(jnp.asarray, batches)
   kept = [jax.jit(experiment.init)(jax.random.key(0), batches['query'])]
@@ -132,16 +174,10 @@ def measure(name, heads, steps, size, batch, rounds, peak, trace):
 
   wait = lambda: jax.block_until_ready(kept[0])
   median = timed(call, wait, rounds)
-  needs = compiled.memory_analysis()
-  memory = (
-    needs.argument_size_in_bytes
-    + needs.temp_size_in_bytes
-    + needs.output_size_in_bytes
-    - needs.alias_size_in_bytes
-  ) / 2**30
   print(
     f'| {name}, K = {steps} | {seconds:.0f} | {1e3 * median:.1f} | {work:.2f} | '
-    f'{work / median:.0f} | {100 * work / median / peak:.0f} % | {memory:.1f} |',
+    f'{work / median:.0f} | {100 * work / median / peak:.0f} % | '
+    f'{needed(compiled):.1f} |',
     flush=True,
   )
   if trace:
@@ -176,13 +212,18 @@ def peer(heads, size, batch, rounds):
   print(f'| PyTorch, no prox | – | {1e3 * median:.1f} | – | – | – | {memory:.1f} |')
 
 
-def main():
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--rounds', type=int, default=10)
+def add_arguments(parser):
   parser.add_argument('--size', type=int, default=256)
   parser.add_argument('--batch', type=int, default=16)
   parser.add_argument('--heads', choices=HEADS, nargs='+', default=list(HEADS))
   parser.add_argument('--inner-steps', type=int, nargs='+', default=[0, 5])
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  add_arguments(parser)
+  parser.add_argument('--rounds', type=int, default=10)
+  parser.add_argument('--load', type=Path)
   parser.add_argument('--torch', action='store_true')
   parser.add_argument('--trace', type=Path)
   arguments = parser.parse_args()
@@ -197,7 +238,17 @@ def main():
   size, batch, rounds = arguments.size, arguments.batch, arguments.rounds
   for name in arguments.heads:
     for steps in arguments.inner_steps:
-      measure(name, HEADS[name], steps, size, batch, rounds, peak, arguments.trace)
+      measure(
+        name,
+        HEADS[name],
+        steps,
+        size,
+        batch,
+        rounds,
+        peak,
+        arguments.trace,
+        arguments.load,
+      )
   if arguments.torch:
     peer(HEADS['NYU-like'], size, batch, rounds)
 

@@ -49,7 +49,7 @@ def base() -> ConfigDict:
   config.model.dtype = 'float32'  # of the computation; parameters are float32
   config.model.head_features = 256
   config.model.dropout = 1.0  # factor on the heads' published rates
-  # 'auto' (fast on CPU, XLA's own elsewhere) | 'lax' | 'mixed' | 'matmul'
+  # 'auto' (by the device) | 'lax' (XLA's own) | 'folded' | 'mixed' | 'matmul'
   config.model.convolution_implementation = 'auto'
 
   config.loss = ConfigDict()

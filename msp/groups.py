@@ -487,18 +487,45 @@ def sparsity(groups: Groups, params: PyTree) -> Sparsity:
     UserError: see `require`.
   """
   require(groups, params)
-  leaves = select(groups, params)
-  masks = alive(groups, params)
-  dead = sum(jnp.sum(~mask) for mask in masks.values())
+  axis, leaves = groups.array_axis, select(groups, params)
+
+  def nonzero(leaf):  # of each group; of single weights, of the kernel
+    return jnp.sum(leaf != 0, other_axes(leaf, axis) or None, dtype=jnp.int32)
+
+  counts = [nonzero(leaf) for leaf in leaves.values()]
+  if axis is None:
+    alive = weights = jnp.stack(counts)
+  else:
+    # All layers together: sums of a layer each take an accelerator longer to start.
+    table = by_layer(jnp.concatenate(counts), [c.size for c in counts], 0)
+    alive, weights = jnp.sum(table > 0, 1, dtype=jnp.int32), jnp.sum(table, 1)
   if groups.axis == 'coupled':  # a kernel is in two streams
     named = by_path(params)
     leaves = {path: named[path] for m in groups.members for path, _ in m}
-  zeros = sum(jnp.sum(leaf == 0) for leaf in leaves.values())
+    weights = jnp.stack([jnp.sum(leaf != 0) for leaf in leaves.values()])
+  total = sum(totals(groups, params).values())
+  size = sum(leaf.size for leaf in leaves.values())
   return Sparsity(
-    groups=dead / sum(mask.size for mask in masks.values()),
-    weights=zeros / sum(leaf.size for leaf in leaves.values()),
-    alive=jnp.stack([jnp.sum(m, dtype=jnp.int32) for m in masks.values()]),
+    groups=(total - jnp.sum(alive)) / total,
+    weights=(size - jnp.sum(weights)) / size,
+    alive=alive,
   )
+
+
+def by_layer(values: jax.Array, counts: Sequence[int], padding: float) -> jax.Array:
+  """A row for each layer of values that stand in a row.
+
+  Args:
+    values: one value a group, layer after layer, shape (groups,).
+    counts: groups of each layer.
+    padding: what fills a row up.
+
+  Returns:
+    Shape (layers, max(counts)), dtype of `values`.
+  """
+  index = np.full((len(counts), max(counts)), values.size)
+  index[np.arange(max(counts)) < np.array(counts)[:, None]] = np.arange(values.size)
+  return jnp.append(values, jnp.array(padding, values.dtype))[index]
 
 
 def totals(groups: Groups, params: PyTree) -> Mapping[str, int]:

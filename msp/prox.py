@@ -19,6 +19,8 @@ from msp.errors import UserError
 
 PyTree = Any
 
+_STEPS = 7  # of Newton's method, see `_roots`
+
 
 def group_lasso(
   x: jax.Array, threshold: jax.Array | float, axis: int | None
@@ -84,9 +86,8 @@ def group_lasso_weighted(
   z_g = 0 iff ‖D x_g‖ ≤ t_g; otherwise z_i = x_i d_iϑ/(d_iϑ + t) with ϑ = ‖z_g‖
   the root of Σ x_i²/(ϑ + t/d_i)² = 1. The root's derivatives in x, D and t come
   from the implicit function theorem. (Deleu & Bengio, arXiv 2102.03869.) On an
-  accelerator the kernels of a tree share one iteration: a loop for each would wait for
-  the host once a layer and iteration. On CPU, where nothing waits, loops of their own
-  end sooner and hold less.
+  accelerator the kernels of a tree share one iteration; on CPU loops of their own end
+  sooner and hold less.
 
   Args:
     x: kernel, shape (..., in, out), float, or a tree of kernels.
@@ -151,8 +152,9 @@ def _roots(axes: tuple[tuple[int, ...], ...], x, d, t) -> tuple[jax.Array, ...]:
   """ϑ > 0 with S(ϑ) = Σ (x d)²/(d ϑ + t)² = 1, one for each group of each kernel.
 
   Newton's method on S^(−1/2), which is concave and nearly linear in ϑ: from the
-  left of the root the iterates rise to it monotonically, in 3 to 6 steps. The
-  start is the best of two lower bounds, by Jensen and by the largest d.
+  left of the root the iterates rise to it monotonically. The start is the best of two
+  lower bounds, by Jensen and by the largest d. After six steps no root was off by more
+  than 2e-9 of itself, of d over eight decades and t from 1e-4 to 0.9999 of ‖D x‖.
   """
   tolerance = lambda x: 16 * jnp.finfo(x.dtype).eps
 
@@ -169,22 +171,28 @@ def _roots(axes: tuple[tuple[int, ...], ...], x, d, t) -> tuple[jax.Array, ...]:
     r = d / (d * root + t)
     q = squares * jnp.square(r)
     s = jnp.sum(q, axes, keepdims=True)
-    return (s * jnp.sqrt(s) - s) / jnp.sum(q * r, axes, keepdims=True)
+    step = (s * jnp.sqrt(s) - s) / jnp.sum(q * r, axes, keepdims=True)
+    # From beyond a root that is next to nothing a step would lead below 0.
+    return jnp.maximum(root + step, root / 8)
 
-  def iterate(carry):
-    i, roots, _ = carry
-    steps = tuple(map(newton, axes, squares, d, t, roots))
-    off = [
-      jnp.max(jnp.abs(step) / (tolerance(root) * root)).astype(jnp.float32)
-      for step, root in zip(steps, roots, strict=True)
-    ]
-    return i + 1, tuple(map(jnp.add, roots, steps)), jnp.max(jnp.stack(off))
-
-  # The bound ends the loop where rounding keeps the last digit moving.
-  unfinished = lambda carry: (carry[0] < 30) & (carry[2] > 1)
   squares = tuple(map(jnp.square, x))
   start = tuple(map(begin, axes, squares, d, t))
-  return jax.lax.while_loop(unfinished, iterate, (0, start, jnp.float32(jnp.inf)))[1]
+  iterate = lambda roots: tuple(map(newton, axes, squares, d, t, roots))
+  if jax.default_backend() != 'cpu':
+    # A condition on the roots would make the host wait for the device in every step.
+    return jax.lax.fori_loop(0, _STEPS, lambda _, roots: iterate(roots), start)
+
+  def advance(carry):
+    i, roots, _ = carry
+    new = iterate(roots)
+    off = [
+      jnp.max(jnp.abs(a - b) / (tolerance(b) * b)).astype(jnp.float32)
+      for a, b in zip(new, roots, strict=True)
+    ]
+    return i + 1, new, jnp.max(jnp.stack(off))
+
+  unfinished = lambda carry: (carry[0] < _STEPS) & (carry[2] > 1)
+  return jax.lax.while_loop(unfinished, advance, (0, start, jnp.float32(jnp.inf)))[1]
 
 
 @_roots.defjvp

@@ -15,6 +15,7 @@ from msp.models import convolution, heads, multitask, normalization, resnet
 
 FORMS = (
   convolution.lax_conv,
+  convolution.fold_conv,
   convolution.patch_conv,
   convolution.shift_conv,
   convolution.tap_conv,
@@ -131,7 +132,7 @@ def multiplications(function, *arguments):
   return total
 
 
-@pytest.mark.parametrize('implementation', ['lax', 'mixed', 'matmul'])
+@pytest.mark.parametrize('implementation', ['lax', 'folded', 'mixed', 'matmul'])
 @pytest.mark.parametrize(
   ('dilation', 'share'), [(12, (32 + 40) ** 2), (24, 48**2), (36, 32**2)]
 )
@@ -152,6 +153,7 @@ def test_atrous_conv_multiplies_no_padding(implementation, dilation, share):
   ('implementation', 'channels', 'geometries'),
   [
     ('lax', (8, 8), ((1, 1, 1), (3, 2, 1), (3, 1, 4))),
+    ('folded', (8, 8), ((1, 1, 1), (1, 2, 1), (3, 2, 1), (3, 1, 1), (3, 1, 2))),
     ('matmul', (8, 8), ((1, 2, 1), (3, 2, 1), (3, 1, 4))),
     ('mixed', (8, 8), ((1, 2, 1), (3, 2, 1))),
     ('mixed', (96, 96), ((3, 2, 2),)),
@@ -370,6 +372,7 @@ def reference_classification_head(x, params):
     ('bottleneck', 'batch', (40, 104, 3), 'matmul'),
     ('basic', 'group', (36, 60, 3), 'matmul'),
     ('bottleneck', 'group', (36, 60, 3), 'lax'),
+    ('bottleneck', 'batch', (40, 60, 3), 'folded'),
   ],
 )
 def test_network_against_numpy(x64, block, norm, image_shape, implementation):
@@ -785,7 +788,7 @@ def test_heads_of_an_xla_backbone_avoid_convolutions_on_cpu():
     ({'block': 'wide'}, 'basic, bottleneck'),
     ({'norm': 'layer'}, 'batch, group'),
     ({'dtype': 'float16'}, 'float32, bfloat16, float64'),
-    ({'convolution_implementation': 'fft'}, 'auto, lax, mixed, matmul'),
+    ({'convolution_implementation': 'fft'}, 'auto, lax, folded, mixed, matmul'),
     ({'blocks': (1, 1)}, 'four'),
     ({'width': 0}, 'above 0'),
     ({'head_features': 12}, 'multiple of 8'),

@@ -219,6 +219,56 @@ def test_adaptive_proximal_reads_the_metric_or_is_given_it():
       make(inner)
 
 
+@pytest.mark.parametrize('axis', ['in', 'out', 'weight'])
+@pytest.mark.parametrize('min_alive', [None, 1, 3])
+@pytest.mark.parametrize('penalty', ['group_lasso', 'sparse_group_lasso', 'group_mcp'])
+def test_layers_of_one_matrix_have_the_prox_of_their_own(
+  monkeypatch, penalty, min_alive, axis
+):
+  rng = np.random.default_rng(4)
+  # Of a's 18 weights a group there are more, by either axis; d's are fewer than 3.
+  shapes = {
+    'a': (3, 3, 4, 2),
+    'b': (1, 1, 5, 18),
+    'c': (1, 1, 18, 5),
+    'd': (1, 1, 2, 18),
+  }
+  draw = lambda scale: {
+    k: jnp.array(rng.normal(0, scale, s)) for k, s in shapes.items()
+  }
+  params, grads = draw(1e-2), draw(1.0)
+  found = gr.find(params, '.*', axis=axis, granularity='layer')
+  lam = jnp.linspace(0.3, 1.5, len(found.names))
+  makers = {
+    'euclidean': lambda: optax.chain(
+      optax.sgd(1e-2),
+      transforms.proximal(penalty, found, 1e-2, min_alive=min_alive),
+    ),
+    'adam': lambda: transforms.adaptive_proximal(
+      optax.adam, penalty, found, 1e-2, min_alive=min_alive
+    ),
+  }
+
+  def step(make, lam):
+    tx = make()
+    updates, _ = tx.update(grads, tx.init(params), params, sparsity=lam)
+    return optax.apply_updates(params, updates)
+
+  for make in makers.values():
+    results = []
+    for backend in ('cpu', 'gpu'):
+      monkeypatch.setattr(jax, 'default_backend', lambda backend=backend: backend)
+      results.append(jax.jvp(functools.partial(step, make), (lam,), (lam,)))
+    (apart, apart_slope), (together, slope) = results
+    zeros = sum((z == 0).sum() for z in apart.values())
+    assert 0 < zeros < sum(z.size for z in apart.values())
+    for got, want in ((together, apart), (slope, apart_slope)):
+      jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 2e-5, 1e-7), got, want)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_array_equal(a == 0, b == 0), together, apart
+    )
+
+
 @pytest.mark.parametrize('penalty', ['group_lasso', 'l1'])
 def test_adaptive_proximal_in_half_precision(penalty):
   def train(dtype):

@@ -6,7 +6,8 @@ in a branch of a `lax.cond` several times slower; a matrix product does not
 suffer. The heads run under `lax.cond`, inner loops may run under `lax.scan`, so
 on CPU every convolution is written as matrix products unless told otherwise.
 Outside of loops XLA's narrow 3×3 convolutions are the faster ones there, but the
-gradients of 1×1 and of wide ones are not, by up to 7 times: 'mixed'.
+gradients of 1×1 and of wide ones are not, by up to 7 times: 'mixed'. On a GPU 1×1
+convolutions are products and the picture is folded before dilated ones: 'folded'.
 """
 
 import functools
@@ -22,7 +23,7 @@ from jax.typing import DTypeLike
 
 from msp.errors import UserError
 
-IMPLEMENTATIONS = ('auto', 'lax', 'mixed', 'matmul')
+IMPLEMENTATIONS = ('auto', 'lax', 'folded', 'mixed', 'matmul')
 
 # Below this share of multiplications inside the picture the separate products
 # beat one dense product that multiplies zero padding.
@@ -36,10 +37,11 @@ def resolve(implementation: str) -> str:
   """Returns the form of convolution to build a model with.
 
   Args:
-    implementation: 'lax', 'mixed', 'matmul', or 'auto': 'matmul' on CPU, else 'lax'.
+    implementation: one of `IMPLEMENTATIONS`; 'auto' is 'matmul' on CPU, 'folded' on a
+      GPU and 'lax' elsewhere.
 
   Returns:
-    'lax', 'mixed' or 'matmul'.
+    One of them that is not 'auto'.
 
   Raises:
     UserError: for any other name.
@@ -50,7 +52,7 @@ def resolve(implementation: str) -> str:
       f'{", ".join(IMPLEMENTATIONS)}'
     )
   if implementation == 'auto':
-    return 'matmul' if jax.default_backend() == 'cpu' else 'lax'
+    return {'cpu': 'matmul', 'gpu': 'folded'}.get(jax.default_backend(), 'lax')
   return implementation
 
 
@@ -77,18 +79,22 @@ def conv(
     kernel: (kh, kw, I, O), kh and kw odd, of the dtype of x.
     stride: s ≥ 1.
     dilation: d ≥ 1.
-    implementation: 'lax' (`lax.conv_general_dilated`), 'matmul' (matrix products
-      over shifted pictures) or 'mixed' (products for 1×1 and wide kernels, else
-      'lax').
+    implementation: 'lax' (`lax.conv_general_dilated`), 'folded' (that without
+      dilation, and products for 1×1 kernels), 'matmul' (matrix products over shifted
+      pictures) or 'mixed' (products for 1×1 and wide kernels, else 'lax').
 
   Returns:
     (B, ⌈H/s⌉, ⌈W/s⌉, O), dtype of x.
   """
-  if implementation not in ('lax', 'mixed', 'matmul'):
-    raise ValueError(f'implementation is {implementation!r}, not lax, mixed or matmul')
+  if implementation not in IMPLEMENTATIONS[1:]:
+    raise ValueError(f'implementation is {implementation!r}, not one of those of conv')
   kh, kw, channels, features = kernel.shape
   if _coverage(x.shape[1:3], (kh, kw), stride, dilation) < _DENSE_COVERAGE:
     return tap_conv(x, kernel, stride, dilation)
+  if implementation == 'folded':
+    if kh * kw * stride == 1:
+      return _matmul(x, kernel[0, 0])
+    return fold_conv(x, kernel, stride, dilation)
   small = kh * kw > 1 and min(channels, features) <= _NARROW
   if implementation == 'lax' or (implementation == 'mixed' and small):
     return lax_conv(x, kernel, stride, dilation)
@@ -111,6 +117,28 @@ def lax_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax
     rhs_dilation=(dilation, dilation),
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
   )
+
+
+def fold_conv(x: jax.Array, kernel: jax.Array, stride: int, dilation: int) -> jax.Array:
+  """`conv` by one without dilation, on d² pictures of every d-th pixel each.
+
+  A weight gradient of a dilated convolution is a convolution with a stride, for which
+  cuDNN has no kernel of its own; that of one without dilation has.
+  """
+  if dilation == 1 or stride > 1:
+    return lax_conv(x, kernel, stride, dilation)
+  batch, height, width, channels = x.shape
+  rows, columns = (math.ceil(n / dilation) for n in (height, width))
+  below, right = rows * dilation - height, columns * dilation - width
+  x = jnp.pad(x, ((0, 0), (0, below), (0, right), (0, 0)))
+  x = x.reshape(batch, rows, dilation, columns, dilation, channels)
+  x = x.transpose(0, 2, 4, 1, 3, 5).reshape(-1, rows, columns, channels)
+  y = lax_conv(x, kernel, 1, 1)
+  y = y.reshape(batch, dilation, dilation, rows, columns, -1)
+  y = y.transpose(0, 3, 1, 4, 2, 5).reshape(
+    batch, rows * dilation, columns * dilation, -1
+  )
+  return y[:, :height, :width]
 
 
 def patch_conv(
@@ -281,7 +309,7 @@ class Conv(nn.Module):
     dilation: distance of the taps, and the padding per (size − 1)/2.
     bias: whether a bias is added.
     dtype: of the computation; the parameters are float32.
-    implementation: 'lax', 'mixed' or 'matmul'.
+    implementation: 'lax', 'folded', 'mixed' or 'matmul'.
   """
 
   features: int

@@ -41,7 +41,7 @@ class DenseHead(nn.Module):
     dropout: multiplier of the dropout rates (0.3); 0 switches dropout off.
     norm: 'batch', 'group' or, of a network made for inference, 'folded'.
     dtype: of the computation; the last layer computes in float32 at least.
-    implementation: of the convolutions, 'lax', 'mixed' or 'matmul'.
+    implementation: of the convolutions, 'lax', 'folded', 'mixed' or 'matmul'.
   """
 
   outputs: int
@@ -100,7 +100,7 @@ class ClassificationHead(nn.Module):
     features: four times the channels of the convolution.
     dropout: multiplier of the dropout rates; 0 switches dropout off.
     dtype: of the convolution; the dense layers compute in float32.
-    implementation: of the convolution, 'lax', 'mixed' or 'matmul'.
+    implementation: of the convolution, 'lax', 'folded', 'mixed' or 'matmul'.
   """
 
   outputs: int

@@ -59,9 +59,9 @@ def build(
     head_features: channels of the branches of a dense head; a classification
       head has a fourth and an eighth of them. A multiple of 8.
     dropout: multiplier of the heads' dropout rates, in [0, 1].
-    convolution_implementation: form of the backbone's convolutions, 'lax',
-      'mixed', 'matmul' or 'auto', which is 'matmul' on CPU and 'lax' elsewhere. The
-      heads, which stand in `lax.cond`, are always built with 'auto'.
+    convolution_implementation: form of the backbone's convolutions, see
+      `msp.models.convolution.resolve`. The heads, which stand in `lax.cond`, are always
+      built with 'auto'.
 
   Returns:
     The modules. Their parameters come from `init`.

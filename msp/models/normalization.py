@@ -45,23 +45,23 @@ class BatchNorm(nn.Module):
     scale = self.param('scale', nn.initializers.ones, shape)
     bias = self.param('bias', nn.initializers.zeros, shape)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    shift = lax.stop_gradient(running_mean.value)
+    shifted = x - _per_channel(shift)
     if train:
       # Both sums in one pass over x, and in one exchange between devices; what has
       # been subtracted keeps the difference of squares exact where |μ| is large.
-      shift = lax.stop_gradient(running_mean.value)
-      shifted = x - _per_channel(shift)
       offset = jnp.mean(shifted, axis=(0, 1, 2))
       var = jnp.mean(shifted**2, axis=(0, 1, 2)) - offset**2
       var = jnp.maximum(var, 0)
-      mean = shift + offset
       count = math.prod(x.shape[:-1])
       unbiased = var * (count / max(count - 1, 1))
-      running_mean.value = _move(running_mean.value, mean)
+      running_mean.value = _move(running_mean.value, shift + offset)
       running_var.value = _move(running_var.value, unbiased)
     else:
-      mean, var = running_mean.value, running_var.value
+      offset, var = 0.0, running_var.value
     gain = scale * lax.rsqrt(var + EPSILON)
-    y = (x - _per_channel(mean)) * _per_channel(gain) + _per_channel(bias)
+    # γ(x − μ)/σ + β as one product and one sum: its gradient has two sums over x.
+    y = shifted * _per_channel(gain) + _per_channel(bias - offset * gain)
     return y.astype(self.dtype)
 
 

@@ -77,7 +77,7 @@ class Block(nn.Module):
     shortcut: whether the shortcut is a convolution.
     norm: 'batch', 'group' or, of a network made for inference, 'folded'.
     dtype: of the computation.
-    implementation: of the convolutions, 'lax', 'mixed' or 'matmul'.
+    implementation: of the convolutions, 'lax', 'folded', 'mixed' or 'matmul'.
     gathers: convolutions that read some of the channels before them: (name, which).
   """
 
@@ -141,7 +141,7 @@ class ResNet(nn.Module):
     width: multiplier of all widths, rounded to multiples of 4.
     norm: 'batch', 'group' or, of a network made for inference, 'folded'.
     dtype: of the computation; parameters and norm statistics are float32.
-    implementation: of the convolutions, 'lax', 'mixed' or 'matmul'.
+    implementation: of the convolutions, 'lax', 'folded', 'mixed' or 'matmul'.
     shape: what `msp.compact` has left of it.
   """
 
