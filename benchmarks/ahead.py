@@ -5,9 +5,9 @@
   ... --heads NYU-like --inner-steps 0      # one row
 
 Counts the kernels that a step starts on an H200: thousands of a few µs each wait for
-the host. A loop's body counts as often as it runs. Without a GPU XLA tries nothing out:
-what is saved has no products by Triton, among which it could not choose, and cuDNN's
-first algorithms. It runs with the same version of JAX.
+the host. A loop's body counts as often as it runs, once if XLA cannot know. Without a
+GPU XLA tries nothing out: what is saved has no products by Triton, among which it could
+not choose, and cuDNN's first algorithms. It runs with the same version of JAX.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def kernels(text):
       inside = {o for o, _ in found[called]}
     else:
       inside = {operation}
-    if inside & {'dot', 'custom-call', 'convolution'}:
+    if 'dot' in inside or re.search('custom_call_target="__cu(dnn|blas)', line):
       return 'products'
     if 'reduce' in inside:
       return 'reductions'

@@ -150,20 +150,20 @@ def flops(config, heads, batches):
   return total
 
 
-def measure(name, heads, steps, size, batch, rounds, peak, trace, directory):
+def measure(name, steps, peak, arguments):
+  heads, size, batch = HEADS[name], arguments.size, arguments.batch
   config = make_config(heads, size, batch, steps)
   batches = parts(random_batch(labels(heads), (size, size), batch), steps)
   work = flops(config, heads, batches)
-  start = time.perf_counter()
-  if directory:
-    experiment, compiled = load(
-      directory / file_name(name, steps), config, heads, batches
-    )
+  seconds = None
+  if arguments.load:
+    path = arguments.load / file_name(name, steps)
+    experiment, compiled = load(path, config, heads, batches)
   else:
     experiment, lowered = lower(config, heads, batches)
     start = time.perf_counter()
     compiled = lowered.compile()
-  seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start
   batches = jax.tree.map(jnp.asarray, batches)
   kept = [jax.jit(experiment.init)(jax.random.key(0), batches['query'])]
 
@@ -173,15 +173,15 @@ def measure(name, heads, steps, size, batch, rounds, peak, trace, directory):
     kept[0], _ = compiled(kept[0], batches, key)
 
   wait = lambda: jax.block_until_ready(kept[0])
-  median = timed(call, wait, rounds)
+  median = timed(call, wait, arguments.rounds)
   print(
-    f'| {name}, K = {steps} | {seconds:.0f} | {1e3 * median:.1f} | {work:.2f} | '
-    f'{work / median:.0f} | {100 * work / median / peak:.0f} % | '
-    f'{needed(compiled):.1f} |',
+    f'| {name}, K = {steps} | {f"{seconds:.0f}" if seconds else "–"} | '
+    f'{1e3 * median:.1f} | {work:.2f} | {work / median:.0f} | '
+    f'{100 * work / median / peak:.0f} % | {needed(compiled):.1f} |',
     flush=True,
   )
-  if trace:
-    with jax.profiler.trace(trace / f'{name}-{steps}'):
+  if arguments.trace:
+    with jax.profiler.trace(arguments.trace / f'{name}-{steps}'):
       for _ in range(STEPS):
         call()
       wait()
@@ -235,22 +235,11 @@ def main():
   )
   print('| step | compile s | ms | TFLOP | TFLOP/s | of the ceiling | GiB |')
   print('|---|---|---|---|---|---|---|')
-  size, batch, rounds = arguments.size, arguments.batch, arguments.rounds
   for name in arguments.heads:
     for steps in arguments.inner_steps:
-      measure(
-        name,
-        HEADS[name],
-        steps,
-        size,
-        batch,
-        rounds,
-        peak,
-        arguments.trace,
-        arguments.load,
-      )
+      measure(name, steps, peak, arguments)
   if arguments.torch:
-    peer(HEADS['NYU-like'], size, batch, rounds)
+    peer(HEADS['NYU-like'], arguments.size, arguments.batch, arguments.rounds)
 
 
 if __name__ == '__main__':

@@ -66,7 +66,7 @@ def make_train_step(
     rho_optimizer as a further argument; 'gap/<task>' and 'gap_allowed/<task>' the
     hold-out loss against the twin's and its bound, 'restored' whether the network has
     become its twin again; 'nonfinite' is the position of the first gradient leaf with a
-    NaN or infinity, −1 if there is none.
+    NaN or infinity, or whose squares overflow, −1 if there is none.
   """
   names = tuple(tasks)
   inner = inner or Inner()
@@ -211,7 +211,8 @@ def make_train_step(
 def _metrics(groups, params, means):
   """What every step tells of itself."""
   counted = gr.sparsity(groups, params)
-  # One pass over the gradients; their squares sum up to no number where one is none.
+  # One pass over the gradients: a NaN or an infinity shows in the sum of squares, and
+  # so does a gradient above 1e19, which is of no use either.
   squares = jnp.stack(
     [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(means['params'])]
   )

@@ -320,7 +320,8 @@ def _proximal_updates(prox, groups, params, updates, metrics, sparsity, min_aliv
 
 def _prox_apart(prox, x, metrics, coefficients, axis, min_alive):
   """The prox of every layer, kernel by kernel."""
-  metrics = metrics and {layer: metrics[layer] for layer in x}
+  if metrics is not None:
+    metrics = {layer: metrics[layer] for layer in x}
   z = prox(x, metrics, {layer: coefficients[layer] for layer in x}, axis)
   return {layer: _protect(x[layer], z[layer], axis, min_alive) for layer in x}
 
@@ -328,8 +329,8 @@ def _prox_apart(prox, x, metrics, coefficients, axis, min_alive):
 def _prox_together(prox, x, metrics, coefficients, axis, min_alive):
   """The same, of all layers whose groups are of one size as of a single matrix.
 
-  A ResNet-50 has 53 kernels and ten sizes. On an accelerator what a layer takes is the
-  time to start its reductions; on CPU it is that of laying out the rows.
+  A ResNet-50 has 53 kernels and ten sizes. An accelerator takes longer to start a
+  layer's reductions than to make them; a CPU takes longer to lay out the rows.
   """
   alike = {}
   for layer, kernel in x.items():
@@ -344,7 +345,7 @@ def _prox_together(prox, x, metrics, coefficients, axis, min_alive):
     for layers, counts in zip(alike.values(), sizes, strict=True)
   ]
   matrices = rows(x)
-  solved = prox(matrices, metrics and rows(metrics), lam, 0)
+  solved = prox(matrices, None if metrics is None else rows(metrics), lam, 0)
   z = {}
   for layers, counts, matrix, shrunk in zip(
     alike.values(), sizes, matrices, solved, strict=True

@@ -36,7 +36,7 @@ PROGRAM = """
 %body (p: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
   %p.1 = (s32[], f32[8,8]) parameter(0)
   %x = f32[8,8]{1,0} get-tuple-element(%p.1), index=1
-  %product = (f32[8,8]{1,0}, s8[4]{0}) custom-call(%x, %x), custom_call_target="gemm"
+  %product = (f32[8,8]{1,0}) custom-call(%x, %x), custom_call_target="__cublas$gemm"
   %y = f32[8]{0} fusion(%x), kind=kInput, calls=%fused
   ROOT %t = (s32[], f32[8,8]) tuple(%y, %x)
 }

@@ -177,6 +177,19 @@ def test_conv_agrees_whatever_form_it_chooses(
     np.testing.assert_allclose(y, expected, rtol=1e-11, atol=1e-11)
 
 
+def test_on_a_gpu_no_convolution_is_dilated(monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  chosen = convolution.resolve('auto')
+
+  def run(x, kernel):
+    return convolution.conv(x, kernel, dilation=2, implementation=chosen)
+
+  shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 8, 7, 4), (3, 3, 4, 4))]
+  program = str(jax.make_jaxpr(run)(*shapes))
+  assert 'rhs_dilation=(1, 1)' in program
+  assert 'rhs_dilation=(2, 2)' not in program
+
+
 @pytest.mark.parametrize(('window', 'picture'), [(2, (5, 6)), (3, (4, 7)), (3, (1, 1))])
 def test_max_pool(window, picture):
   padding = window - 2

@@ -179,7 +179,7 @@ def test_a_group_whose_squares_underflow_leaves_the_others_alone(
 @pytest.mark.parametrize('backend', ['cpu', 'gpu'])
 @pytest.mark.parametrize('share', [1e-4, 0.1, 0.5, 0.9, 0.99, 0.9999])
 def test_roots_of_any_spread_are_found(monkeypatch, backend, share):
-  """Seven steps find them: the optimality condition holds, d over eight decades."""
+  """Ten steps find them: the optimality condition holds, d over eight decades."""
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   rng = np.random.default_rng(0)
   for spread in (0, 0.5, 1, 2):
@@ -191,6 +191,26 @@ def test_roots_of_any_spread_are_found(monkeypatch, backend, share):
     force = d * (z - x) + (t / norm)[:, None] * z
     assert np.abs(force).max(1) == pytest.approx(0, abs=1e-9 * t.max())
     assert (np.linalg.norm(force, axis=1) < 1e-8 * t / (1 - share)).all()
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'gpu'])
+def test_roots_of_weights_against_their_metric_are_found(monkeypatch, backend):
+  """The slowest case: x as 1/d, weights that are large because nothing moves them."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  rng = np.random.default_rng(0)
+  d = 10 ** rng.uniform(-8, 0, (500, 64)) + 1e-8
+  x = rng.normal(size=d.shape) / d
+  for share in (0.1, 0.3, 0.5, 0.7):
+    t = share * np.linalg.norm(d * x, axis=1)
+    z = prox.group_lasso_weighted(*map(jnp.asarray, (x, d, t)), 0)
+    low, high = np.zeros(500), np.linalg.norm(x, axis=1)
+    for _ in range(200):
+      middle = (low + high) / 2
+      over = ((x * d / (d * middle[:, None] + t[:, None])) ** 2).sum(1) > 1
+      low, high = np.where(over, middle, low), np.where(over, high, middle)
+    want = x * d * low[:, None] / (d * low[:, None] + t[:, None])
+    error = np.linalg.norm(z - want, axis=1) / np.linalg.norm(x, axis=1)
+    assert error.max() < 1e-10
 
 
 def test_a_root_next_to_nothing_stays_positive(monkeypatch):

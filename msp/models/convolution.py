@@ -79,9 +79,10 @@ def conv(
     kernel: (kh, kw, I, O), kh and kw odd, of the dtype of x.
     stride: s ≥ 1.
     dilation: d ≥ 1.
-    implementation: 'lax' (`lax.conv_general_dilated`), 'folded' (that without
-      dilation, and products for 1×1 kernels), 'matmul' (matrix products over shifted
-      pictures) or 'mixed' (products for 1×1 and wide kernels, else 'lax').
+    implementation: 'lax' (`lax.conv_general_dilated`), 'folded' (that, without
+      dilation where the stride is 1, and products for 1×1 kernels), 'matmul' (matrix
+      products over shifted pictures) or 'mixed' (products for 1×1 and wide kernels,
+      else 'lax').
 
   Returns:
     (B, ⌈H/s⌉, ⌈W/s⌉, O), dtype of x.

@@ -48,8 +48,8 @@ class BatchNorm(nn.Module):
     shift = lax.stop_gradient(running_mean.value)
     shifted = x - _per_channel(shift)
     if train:
-      # Both sums in one pass over x, and in one exchange between devices; what has
-      # been subtracted keeps the difference of squares exact where |μ| is large.
+      # Both sums in one pass over x, and in one exchange between devices. With a
+      # running mean that is near μ the difference of squares cancels nothing.
       offset = jnp.mean(shifted, axis=(0, 1, 2))
       var = jnp.mean(shifted**2, axis=(0, 1, 2)) - offset**2
       var = jnp.maximum(var, 0)
@@ -58,7 +58,7 @@ class BatchNorm(nn.Module):
       running_mean.value = _move(running_mean.value, shift + offset)
       running_var.value = _move(running_var.value, unbiased)
     else:
-      offset, var = 0.0, running_var.value
+      offset, var = 0.0, lax.stop_gradient(running_var.value)
     gain = scale * lax.rsqrt(var + EPSILON)
     # γ(x − μ)/σ + β as one product and one sum: its gradient has two sums over x.
     y = shifted * _per_channel(gain) + _per_channel(bias - offset * gain)
