@@ -94,14 +94,19 @@ def parts(arrays, steps):
   return dict.fromkeys(names, arrays)
 
 
-def lower(config, heads, batches, sharding=None):
-  """The step's program; sharding: of a device that is not at hand."""
+def prepare(config, heads, batches):
+  """The experiment, and the arguments of its step."""
   experiment = build(config, labels(heads))
   key = jax.random.key(0)
   state = jax.eval_shape(experiment.init, key, batches['query'])
+  return experiment, (state, batches, key)
+
+
+def lower(config, heads, batches, sharding=None):
+  """The step's program; sharding: of a device that is not at hand."""
+  experiment, arguments = prepare(config, heads, batches)
   arguments = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    (state, batches, key),
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
   )
   return experiment, jax.jit(experiment.train_step, donate_argnums=0).lower(*arguments)
 
@@ -112,14 +117,11 @@ def file_name(name, steps):
 
 def load(path, config, heads, batches):
   """A step that `benchmarks.ahead` has compiled."""
-  experiment = build(config, labels(heads))
-  key = jax.random.key(0)
-  state = jax.eval_shape(experiment.init, key, batches['query'])
-  result = jax.eval_shape(experiment.train_step, state, batches, key)
+  experiment, arguments = prepare(config, heads, batches)
   compiled = serialize_executable.deserialize_and_load(
     lzma.decompress(path.read_bytes()),
-    jax.tree.structure(((state, batches, key), {})),
-    jax.tree.structure(result),
+    jax.tree.structure((arguments, {})),
+    jax.tree.structure(jax.eval_shape(experiment.train_step, *arguments)),
   )
   return experiment, compiled
 

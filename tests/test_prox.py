@@ -214,14 +214,17 @@ def test_roots_of_weights_against_their_metric_are_found(monkeypatch, backend):
 
 
 def test_a_root_next_to_nothing_stays_positive(monkeypatch):
-  """Where the weight is and where the metric is are ten decades apart."""
-  x, d = jnp.array([[1e3, 1e-4]]), jnp.array([[1e-7, 1e2]])
-  t = jnp.linalg.norm(x * d, axis=1) * (1 - 1e-6)
+  """A group's weight lies where its metric does not; it is next to its threshold."""
+  rng = np.random.default_rng(0)
+  d = 10 ** rng.uniform(-7, 2, (500, 64))
+  x = np.abs(rng.normal(size=d.shape)) / d
+  t = 0.99 * np.linalg.norm(d * x, axis=1)
+  problem = [jnp.asarray(a, jnp.float32) for a in (x, d, t)]
   for backend in ('cpu', 'gpu'):
     monkeypatch.setattr(jax, 'default_backend', lambda backend=backend: backend)
-    z = prox.group_lasso_weighted(x, d, t, 0)
+    z = prox.group_lasso_weighted(*problem, 0)
     assert (z >= 0).all()
-    assert (z <= x).all()
+    assert (z <= (1 + 1e-6) * problem[0]).all()
 
 
 def test_zero_group_at_zero_coefficient_is_free():

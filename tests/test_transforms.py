@@ -95,6 +95,11 @@ def test_lambda_max_and_sparsity_by_hand():
   counted = gr.sparsity(found, params)
   np.testing.assert_allclose(counted.groups, 0.5)
   np.testing.assert_allclose(counted.weights, 0.5)
+  # One weight keeps a group alive.
+  params = {'backbone': {'c': {'kernel': jnp.array([[0.0, 4.0], [0.0, 0.0]])}}}
+  counted = gr.sparsity(found, params)
+  np.testing.assert_array_equal(counted.alive, [1])
+  np.testing.assert_allclose(counted.weights, 0.75)
 
 
 def test_above_lambda_max_zero_is_a_fixed_point():
