@@ -4,6 +4,7 @@
   python -m benchmarks.speed step            # K = 0, ResNet-50-D, 256 x 256, batch 2
   python -m benchmarks.speed meta            # K = 3, small network, 64 x 64, batch 8
   python -m benchmarks.speed hypergradients  # forward and reverse, K = 1, 5, 20
+  python -m benchmarks.speed learned         # a learned λ beside a grid of fixed ones
 
 Medians of --rounds rounds, and ratios to the first row; times of one machine mean
 little elsewhere. The peers are in benchmarks/torch_peer.py. XLA's threads and
@@ -25,14 +26,27 @@ import numpy as np
 import optax
 
 import msp
+from benchmarks import learned_lambda
 from benchmarks.batches import random_batch
-from configs import common
+from configs import camvid_meta, camvid_multitask, common
 from data import Label
+from data.camvid import LABELS as CAMVID
 from msp import groups as gr
 from msp.experiment import build
 
 # Heads as of NYU-v2: classes, one channel, three channels.
 OUTPUTS = (40, 1, 3)
+# Rows of benchmarks.learned_lambda; one of the grid first.
+LEARNED = (
+  'fixed 0.005',
+  'budget 0.7',
+  'tolerance from 0.01',
+  'online from 0.01',
+  'K = 1 from 0.01',
+  'meta online from 0.01',
+  'K = 3 from 0.01',
+)
+ALL_PARTS = ('query', 'support', 'hold_out')
 SMALL = {'blocks': (1, 1, 1, 1), 'block': 'basic', 'width': 0.5, 'head_features': 64}
 
 
@@ -83,15 +97,13 @@ def show(times):
     )
 
 
-def compiled_step(config, batch, inner):
+def compiled_step(config, batch, parts=('query',), of=None, settled=False):
   """A call that makes one training step, and the state it works on."""
-  experiment = build(config, labels())
+  experiment = build(config, of or labels())
   state = jax.jit(experiment.init)(jax.random.key(0), batch)
-  batches = {'query': batch}
-  if inner:
-    batches |= {'support': batch, 'hold_out': batch}
-  batches = jax.tree.map(jnp.asarray, batches)
-  step = jax.jit(experiment.train_step, donate_argnums=0)
+  batches = jax.tree.map(jnp.asarray, dict.fromkeys(parts, batch))
+  function = experiment.settled_step if settled else experiment.train_step
+  step = jax.jit(function, donate_argnums=0)
   holder = [state]
   start = time.perf_counter()
   compiled = step.lower(state, batches, jax.random.key(0)).compile()
@@ -132,9 +144,9 @@ def step(rounds, size=256, batch=2):
 
   fixed = {'sparsity.coefficient': 'fixed', 'sparsity.value': lam}
   ours, holder, compiled, seconds = compiled_step(
-    make_config(size, batch, **fixed), arrays, False
+    make_config(size, batch, **fixed), arrays
   )
-  dense, _, _, _ = compiled_step(make_config(size, batch), arrays, False)
+  dense, _, _, _ = compiled_step(make_config(size, batch), arrays)
   groups = gr.find(holder[0].params)
   adamw = functools.partial(optax.adamw, weight_decay=0.1, eps=1e-6, eps_root=1e-16)
   update_of = {
@@ -213,7 +225,7 @@ def meta(rounds, size=64, batch=8, steps=3):
       **{'sparsity.coefficient': 'learned', 'sparsity.hypergradient': 'reverse'},
     )
     config.sparsity.hypergradient = 'reverse' if exact else 'forward'
-    call, holder, _, seconds = compiled_step(config, arrays, True)
+    call, holder, _, seconds = compiled_step(config, arrays, ALL_PARTS)
     print(f'compile, exact={exact}: {seconds:.0f} s')
     how = 'exact, reverse λ' if exact else 'first order, exact λ by forward mode'
     variants[f'ours: {how}, hold-out batch, Adam and prox on θ⁰'] = call
@@ -238,7 +250,7 @@ def hypergradients(rounds, size=48, batch=8):
         **{'meta.unroll': 'no', 'model.convolution_implementation': 'matmul'},
       )
       call, _, compiled, seconds = compiled_step(
-        config, random_batch(labels(), (size, size), batch), True
+        config, random_batch(labels(), (size, size), batch), ALL_PARTS
       )
       times = alternate({'': call}, rounds)['']
       memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
@@ -249,10 +261,53 @@ def hypergradients(rounds, size=48, batch=8):
       )
 
 
+def learned_config(row):
+  """The configuration of a row of `benchmarks.learned_lambda`, on CamVid."""
+  inner, changes = learned_lambda.ROWS[row]
+  config = (camvid_meta if inner else camvid_multitask).get_config('tiny')
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def learned(rounds):
+  """Steps that learn λ, and their runs as a share of a grid of eight fixed λ."""
+  variants, settle = {}, {}
+  for row in LEARNED:
+    config = learned_config(row)
+    parts = ('query', 'support') if config.meta.inner_steps else ('query',)
+    # Under inner steps a batch is half support, half query.
+    count = config.train.batch_size // len(parts)
+    of = {task: CAMVID[task] for task in config.tasks}
+    batch = random_batch(of, config.data.image_size, count)
+    step = functools.partial(compiled_step, config, batch, of=of)
+    variants[row] = step((*parts, 'hold_out'))[0]
+    if build(config, of).settled_step is not None:
+      settle[row] = config.sparsity.settle
+      variants[f'{row}, λ stands still'] = step(parts, settled=True)[0]
+  times = alternate(variants, rounds)
+  show(times)
+  medians = {name: statistics.median(values) for name, values in times.items()}
+  # The last column: of eight fixed λ with as many inner steps.
+  print('\n| run | x fixed | % of a grid of eight | % of one like it |')
+  print('|---|---|---|---|')
+  for row in LEARNED:
+    seconds, late = medians[row], settle.get(row, 0.0)
+    fixed = same = medians[LEARNED[0]]
+    if late:
+      after = medians[f'{row}, λ stands still']
+      seconds = (1 - late) * seconds + late * after
+      if learned_config(row).meta.inner_steps:
+        same = after
+    print(
+      f'| {row} | {seconds / fixed:.2f} | {100 * seconds / fixed / 8:.1f} | '
+      f'{100 * seconds / same / 8:.1f} |'
+    )
+
+
 if __name__ == '__main__':
   parser = argparse.ArgumentParser(description=__doc__)
-  parts = {'step': step, 'meta': meta, 'hypergradients': hypergradients}
-  parser.add_argument('what', choices=parts)
+  choices = {f.__name__: f for f in (step, meta, hypergradients, learned)}
+  parser.add_argument('what', choices=choices)
   parser.add_argument('--rounds', type=int, default=5)
   arguments = parser.parse_args()
-  parts[arguments.what](arguments.rounds)
+  choices[arguments.what](arguments.rounds)

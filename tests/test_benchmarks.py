@@ -15,6 +15,14 @@ def test_the_configurations_of_speed(mode):
   assert set(experiment.tasks) == {'task40', 'task1', 'task3'}
 
 
+@pytest.mark.parametrize('row', speed.LEARNED)
+def test_the_runs_that_speed_compares_with_a_grid(row):
+  config = speed.learned_config(row)
+  experiment = build(config, {task: speed.CAMVID[task] for task in config.tasks})
+  stands_still = experiment.settled_step is not None
+  assert stands_still == (row not in ('fixed 0.005', 'budget 0.7'))
+
+
 @pytest.mark.parametrize('heads', gpu.HEADS.values())
 @pytest.mark.parametrize('steps', [0, 5])
 def test_the_configurations_of_gpu(heads, steps):
