@@ -140,6 +140,12 @@ def build(
     multitask.streams(model),
   )
   has_coefficient = sparsity.coefficient in ('fixed', 'learned')
+  most = max(gr.totals(groups, abstract).values())
+  if has_coefficient and sparsity.min_alive >= most:
+    raise UserError(
+      f'sparsity.min_alive is {sparsity.min_alive}, but the largest layer has {most} '
+      f'groups: none could die; lower it'
+    )
   settled = None
   if has_coefficient and sparsity.settle:
     settled = round((1 - sparsity.settle) * config.train.steps)

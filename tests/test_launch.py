@@ -299,6 +299,7 @@ MISTAKES = [
   ),
   ({'seed': -1}, r'seed is -1; it has to be in \[0, 2147483648\)'),
   ({'sparsity.min_alive': -1}, 'min_alive is -1; it has to be at least 0'),
+  ({'sparsity.min_alive': 999}, r'min_alive is 999, .* has \d+ groups: none could die'),
   ({'optimizer': []}, 'optimizer is empty; name at least one transform'),
   ({'model.depth': 34}, 'unknown model depth 34: choose one of 18, 50, 101'),
   ({'model.norm': 'layer'}, "unknown model norm 'layer'"),
