@@ -529,9 +529,7 @@ def by_layer(values: jax.Array, counts: Sequence[int], padding: float) -> jax.Ar
 
 
 def totals(groups: Groups, params: PyTree) -> Mapping[str, int]:
-  """Number of groups of each layer, dead and alive."""
+  """Number of groups of each layer of θ, a tree of arrays or their shapes."""
   axis = groups.array_axis
-  return {
-    layer: leaf.size // size(leaf, axis)
-    for layer, leaf in select(groups, params).items()
-  }
+  kernels = jax.eval_shape(lambda p: select(groups, p), params)
+  return {layer: leaf.size // size(leaf, axis) for layer, leaf in kernels.items()}
