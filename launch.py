@@ -54,6 +54,8 @@ def main(argv: list[str]) -> None:
       sys.exit('error: a sweep is one process; start its runs with --distributed')
     if _MODE.value not in ('train', 'adapt', 'evaluate'):
       sys.exit(f'error: --mode {_MODE.value} is one process; start it by itself')
+  # JAX looks for every kind of device, and says at length what is not there.
+  absl_logging.set_verbosity(absl_logging.WARNING)
   try:
     import jax
 
