@@ -28,7 +28,7 @@ import optax
 import msp
 from benchmarks import learned_lambda
 from benchmarks.batches import random_batch
-from configs import camvid_meta, camvid_multitask, common
+from configs import common
 from data import Label
 from data.camvid import LABELS as CAMVID
 from msp import groups as gr
@@ -263,10 +263,7 @@ def hypergradients(rounds, size=48, batch=8):
 
 def learned_config(row):
   """The configuration of a row of `benchmarks.learned_lambda`, on CamVid."""
-  inner, changes = learned_lambda.ROWS[row]
-  config = (camvid_meta if inner else camvid_multitask).get_config('tiny')
-  config.update_from_flattened_dict(changes)
-  return config
+  return learned_lambda.make('camvid', row, seeds=1).runs[0].config
 
 
 def learned(rounds):
