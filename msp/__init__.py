@@ -3,10 +3,11 @@
 from msp import groups, prox
 from msp.adaptation import adapt
 from msp.hypergradient import Solver, hypergradient, implicit, online, zero_tangent
-from msp.prox import get_penalty
+from msp.prox import Penalty, get_penalty
 from msp.transforms import adaptive_proximal, freeze_dead, proximal
 
 __all__ = [
+  'Penalty',
   'Solver',
   'adapt',
   'adaptive_proximal',

@@ -20,7 +20,6 @@ from msp.episodes import Combination, Hypergradient, Inner, task_losses
 from msp.errors import UserError
 from msp.hypergradient import MODES, SOLVERS, Solver, zero_tangent
 from msp.models import multitask
-from msp.prox import get_penalty
 from msp.train_state import TrainState
 from msp.train_step import Step, make_train_step
 
@@ -131,7 +130,7 @@ def build(
   fitting = initial_module.fitting(initial, abstract, abstract_stats)
   sparsity = config.sparsity
   options = {k: v for k, v in sparsity.penalty_options.items() if v is not None}
-  penalty = get_penalty(sparsity.penalty, **options)
+  penalty = optimizers.penalty(sparsity.penalty, options, 'sparsity.penalty')
   groups = gr.find(
     abstract,
     sparsity.pattern,

@@ -14,7 +14,7 @@ import optax
 from msp import groups as gr
 from msp import transforms
 from msp.errors import UserError, own_words, words
-from msp.prox import Penalty
+from msp.prox import Penalty, get_penalty
 
 PyTree = Any
 
@@ -65,6 +65,28 @@ def build(
       f'an argument is of the wrong type: {words(e)}'
     ) from None
   return chain
+
+
+def penalty(name: str, options: Mapping[str, float], where: str) -> Penalty:
+  """A penalty as a configuration names it.
+
+  Args:
+    name: a key of `msp.prox.PENALTIES`; 'module:function' is one of your own, a
+      function that returns a `Penalty`.
+    options: its arguments.
+    where: the configuration field, for messages.
+
+  Raises:
+    UserError: unknown name, or an option it does not take or out of its range.
+  """
+  if ':' not in name:
+    return get_penalty(name, **options)
+  made = _call(_import(name, where, 'an msp.Penalty'), name, dict(options), where)
+  if not isinstance(made, Penalty):
+    raise UserError(
+      f'{where}: {name!r} returned a {type(made).__name__}, not an msp.Penalty'
+    )
+  return made
 
 
 def step_size(learning_rate: Any, where: str) -> optax.ScalarOrSchedule:
@@ -211,21 +233,27 @@ def _call(factory, name, arguments, where):
     ) from None
 
 
+def _import(name, where, what):
+  """A function of the user's, 'module:function', that returns `what`."""
+  try:
+    found = pkgutil.resolve_name(name)
+  except (ImportError, AttributeError, ValueError) as e:
+    raise UserError(f'{where}: {name!r} cannot be imported: {words(e)}') from None
+  except Exception as e:  # of the module itself
+    raise UserError(f'{where}: {name!r} cannot be imported: {own_words(e)}') from None
+  if not callable(found):
+    raise UserError(
+      f'{where}: {name!r} is a {type(found).__name__}; it has to be a function that '
+      f'returns {what}'
+    )
+  return found
+
+
 def _find(name, where):
   """A transform by its name in a configuration: see `build`."""
   found: Any = _OWN.get(name)
   if isinstance(name, str) and ':' in name:
-    try:
-      found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as e:
-      raise UserError(f'{where}: {name!r} cannot be imported: {words(e)}') from None
-    except Exception as e:  # of the module itself
-      raise UserError(f'{where}: {name!r} cannot be imported: {own_words(e)}') from None
-    if not callable(found):
-      raise UserError(
-        f'{where}: {name!r} is a {type(found).__name__}; it has to be a function that '
-        f'returns a transform'
-      )
+    found = _import(name, where, 'a transform')
   elif isinstance(name, str) and found is None:
     found = optax
     for part in name.split('.'):

@@ -1,16 +1,19 @@
 """The examples as a user runs them; data sets and transforms of one's own."""
 
+import importlib
 import re
 import runpy
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import data
 from data import DataError
-from msp import optimizers
+from msp import experiment, optimizers
 from msp.errors import UserError
 
 EXAMPLES = Path(__file__).parents[1] / 'examples'
@@ -59,6 +62,63 @@ def test_a_data_set_of_ones_own(own, tmp_path):
   assert np.array_equal(np.unique(batch['segmentation'][1]), [0, 1, 255])
   assert batch['image'].shape == (2, 6, 8, 3)
   assert data.terms(name)
+
+
+def snippets_of(document):
+  """File name -> Python text of a document, of those that name a file."""
+  blocks = re.findall(r'```python\n(# (\S+?\.py).*?)```', document, flags=re.DOTALL)
+  return {name: text for text, name in blocks}
+
+
+@pytest.fixture
+def extending(tmp_path, monkeypatch):
+  """The files of docs/extending.md."""
+  text = (EXAMPLES.parent / 'docs' / 'extending.md').read_text()
+  for name, code in snippets_of(text).items():
+    (tmp_path / Path(name).name).write_text(code)
+  monkeypatch.syspath_prepend(tmp_path)
+  return tmp_path
+
+
+def test_the_configuration_with_a_transform_of_ones_own(extending):
+  config = importlib.import_module('my_faces').get_config('procedural,tiny')
+  tx = optimizers.build(config.optimizer, 'optimizer')
+  params = {'kernel': jnp.ones((3, 2)), 'bias': jnp.ones(2)}
+  grads = {'kernel': jnp.arange(6.0).reshape(3, 2), 'bias': jnp.ones(2)}
+  updates, _ = tx.update(grads, tx.init(params), params)
+  rows = np.array([-2.0, 0, 2])
+  np.testing.assert_allclose(updates['kernel'], -0.1 * np.stack([rows, rows], 1))
+  np.testing.assert_allclose(updates['bias'], -0.1)
+  experiment.build(config, data.labels(config.data.name))
+
+
+def test_a_penalty_of_ones_own(extending):
+  kind = optimizers.penalty('my_penalties:log_sum', {'gamma': 0.5}, 'sparsity.penalty')
+  x = jax.random.normal(jax.random.key(0), (4, 3, 5))
+  norms = np.sqrt(np.square(x).sum((0, 2)))
+  # ½‖z − x‖² + t‖z‖ is least at x max(1 − t/‖x‖, 0).
+  t = 0.1 * 2.0 * np.sqrt(20) / (1 + norms / 0.5)
+  expected = np.asarray(x) * np.maximum(1 - t / norms, 0)[:, None]
+  plain = kind.prox(x, 0.1, 2.0, 1)
+  np.testing.assert_allclose(plain, expected, rtol=1e-5)
+  weighted = kind.prox_weighted({'a': x}, {'a': jnp.ones_like(x)}, 0.1, {'a': 2.0}, 1)
+  np.testing.assert_allclose(weighted['a'], expected, rtol=1e-4, atol=1e-6)
+  config = importlib.import_module('configs.celeba_meta').get_config('tiny')
+  config.sparsity.penalty = 'my_penalties:log_sum'
+  experiment.build(config, data.labels(config.data.name))
+
+
+def test_a_penalty_of_ones_own_that_is_none(extending):
+  (extending / 'no_penalty.py').write_text('def f(gamma=1.0):\n  return gamma\n')
+  importlib.invalidate_caches()
+  for name, options, message in (
+    ('no_penalty:f', {}, "'no_penalty:f' returned a float, not an msp.Penalty"),
+    ('no_penalty:f', {'a': 2.0}, r'no_penalty:f cannot take .*; it takes gamma'),
+    ('no_penalty:g', {}, "cannot be imported: .*no attribute 'g'"),
+    ('no_penalty:', {}, 'is a module; it has to be a function that returns an msp'),
+  ):
+    with pytest.raises(UserError, match='sparsity.penalty: .*' + message):
+      optimizers.penalty(name, options, 'sparsity.penalty')
 
 
 def test_a_module_that_is_no_data_set():

@@ -388,6 +388,22 @@ def test_rows_with_and_without_inner_steps_settle_alike(option):
   assert {s.settle for s in sparse} == {0.4}
 
 
+@pytest.mark.parametrize(
+  ('file', 'option', 'argument', 'value'),
+  [
+    ('nyud_multitask', 'nyu', 'fixed', 1e-6),
+    ('celeba_multitask', 'celeba', 'fixed', 1e-5),
+    ('celeba_multitask', 'celeba,procedural,tiny', 'fixed,procedural,tiny', 5e-3),
+  ],
+)
+def test_a_fixed_λ_is_the_published_one_or_one_that_kills(
+  file, option, argument, value
+):
+  config = importlib.import_module(f'configs.{file}').get_config(argument)
+  assert config.sparsity.value == value
+  assert base.parse(option).fixed == value
+
+
 def test_every_row_of_the_benchmark_of_learned_λ_is_possible():
   made = learned_lambda.make('camvid', learned_lambda.ALL_ROWS, seeds=1)
   assert len(made.runs) == len(learned_lambda.ROWS)

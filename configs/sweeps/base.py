@@ -47,26 +47,21 @@ class DataSet(NamedTuple):
   meta: ModuleType
   more: tuple[str, ...]  # tasks that join those of the configurations
   unseen: str  # the task to adapt to
-  fixed: float  # the published λ
-  # A λ that kills about half of the groups in a `:tiny` run.
-  tiny_fixed: float = 5e-3
 
 
 DATA_SETS = {
-  'nyu': DataSet(nyud_multitask, nyud_meta, ('edges',), 'edges', 1e-6),
+  'nyu': DataSet(nyud_multitask, nyud_meta, ('edges',), 'edges'),
   'celeba': DataSet(
     celeba_multitask,
     celeba_meta,
     ('arched_eyebrows', 'wearing_lipstick', 'high_cheekbones', 'big_lips'),
     'segmentation',
-    1e-5,
   ),
   'camvid': DataSet(
     camvid_multitask,
     camvid_meta,
     ('presence_fence', 'presence_sign'),
     'edges',
-    1e-5,
   ),
 }
 
@@ -79,7 +74,7 @@ class Setting(NamedTuple):
   argument: str  # for its configurations
   tasks: tuple[str, ...]  # three
   more: tuple[str, ...]  # those that join them
-  fixed: float
+  fixed: float  # λ of the option 'fixed'
 
   def multitask(self) -> ConfigDict:
     """A fresh configuration without inner steps: dense."""
@@ -103,7 +98,7 @@ def parse(arg: str) -> Setting:
   chosen = DATA_SETS[name]
   argument = ','.join(sorted(given - names))
   tasks = chosen.multitask.get_config(argument).tasks[:3]
-  fixed = chosen.tiny_fixed if 'tiny' in given else chosen.fixed
+  fixed = chosen.multitask.get_config(f'{argument},fixed').sparsity.value
   return Setting(name, chosen, argument, tasks, chosen.more, fixed)
 
 
