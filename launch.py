@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
   from msp import dataset, processes, report, sweep, train, trained
   from msp import workdir as workdir_module
   from msp.errors import UserError, one_line, refuse_url, words
-  from msp.experiment import check_fields
+  from msp.experiment import check_fields, check_ranges
 
   # From here on Ctrl-C is answered, unless a shell has it ignored (in the background).
   if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
@@ -115,6 +115,7 @@ def main(argv: list[str]) -> None:
         else f'{config.name} is one run; --mode sweep takes a file of configs/sweeps'
       )
     if _MODE.value == 'prepare':
+      check_ranges(config)
       path = dataset.prepare(config, skip_corrupt=skip)
       print(f'prepared: {path}\nlook at it: {dataset.contact_sheet(config)}')
     elif _MODE.value == 'report':

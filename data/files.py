@@ -4,19 +4,29 @@ import contextlib
 import fcntl
 import logging
 import os
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import scipy.io
-from PIL import Image, ImageOps
+from PIL import Image
 
 from data.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 _ORIENTATION = 0x0112  # of EXIF; from 5 on rows are columns
+_UPRIGHT = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 
 
 @contextlib.contextmanager
@@ -94,8 +104,8 @@ def read_image(
     # the wanted resolution remains for the antialiased resize, whichever way up.
     image.draft('RGB', (2 * max(image_size), 2 * max(image_size)))
     image = _load(image, path)
-    if upright:
-      image = ImageOps.exif_transpose(image)
+    if upright and (orientation := _orientation(image)) in _UPRIGHT:
+      image = image.transpose(_UPRIGHT[orientation])
     image = image.convert('RGB')
     if image.size != (columns, rows):
       image = image.resize((columns, rows), Image.Resampling.LANCZOS)
@@ -108,8 +118,17 @@ def read_size(path: Path, *, upright: bool = False) -> tuple[int, int]:
   With `upright` of the picture turned as its EXIF says.
   """
   with _open(path) as image:
-    lies = upright and image.getexif().get(_ORIENTATION, 1) >= 5
+    lies = upright and 5 <= _orientation(image) <= 8
     return (image.width, image.height) if lies else (image.height, image.width)
+
+
+def _orientation(image):
+  """As EXIF has it; 1, upright, if that is damaged, which the pixels need not be."""
+  try:
+    value = image.getexif().get(_ORIENTATION, 1)
+  except (SyntaxError, ValueError, TypeError, LookupError, struct.error, OSError):
+    return 1
+  return value if isinstance(value, int) else 1
 
 
 def read_label(path: Path) -> np.ndarray:

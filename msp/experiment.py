@@ -376,21 +376,7 @@ def _check(config):
     value = _field(config, field)
     if value not in known:
       raise UserError(f'{field} is {value!r}; known: {", ".join(known)}')
-  for field, (lower, upper, ends) in RANGES.items():
-    value = _field(config, field)
-    above = value >= lower if ends[0] == '[' else value > lower
-    below = value <= upper if ends[1] == ']' else value < upper
-    if not (above and below):
-      interval = f'in {ends[0]}{lower}, {upper}{ends[1]}'
-      if upper == math.inf:
-        interval = f'at least {lower}' if ends[0] == '[' else f'above {lower}'
-      raise UserError(f'{field} is {value}; it has to be {interval}')
-  missing = config.data.missing
-  if not 0 <= missing < 1 or (missing and len(config.tasks) < 2):
-    raise UserError(
-      f'data.missing is {missing}; it has to be in [0, 1), and 0 for a single task: '
-      f'images without any label would remain'
-    )
+  check_ranges(config)
   sparsity, inner_steps = config.sparsity, config.meta.inner_steps
   if sparsity.coefficient == 'frozen' and not config.initial:
     raise UserError(
@@ -435,6 +421,25 @@ def _check(config):
     raise UserError(
       f'data.hold_out is {config.data.hold_out}; a learned λ needs a part of train '
       f'of its own, a share in (0, 1), or sparsity.learn_on=query'
+    )
+
+
+def check_ranges(config: ConfigDict) -> None:
+  """Raises UserError on a number out of its range, whatever else is configured."""
+  for field, (lower, upper, ends) in RANGES.items():
+    value = _field(config, field)
+    above = value >= lower if ends[0] == '[' else value > lower
+    below = value <= upper if ends[1] == ']' else value < upper
+    if not (above and below):
+      interval = f'in {ends[0]}{lower}, {upper}{ends[1]}'
+      if upper == math.inf:
+        interval = f'at least {lower}' if ends[0] == '[' else f'above {lower}'
+      raise UserError(f'{field} is {value}; it has to be {interval}')
+  missing = config.data.missing
+  if not 0 <= missing < 1 or (missing and len(config.tasks) < 2):
+    raise UserError(
+      f'data.missing is {missing}; it has to be in [0, 1), and 0 for a single task: '
+      f'images without any label would remain'
     )
 
 

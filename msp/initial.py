@@ -115,7 +115,8 @@ def read(source: str, model: multitask.MultiTask, data_set: str) -> Initial:
       for name, x in arrays.items()
       if name.startswith(f'{kind}/')
     }
-    return Initial(source, shape, split('params'), split('batch_stats'))
+    arrays = split('params'), split('batch_stats')
+    return _of_data_set(Initial(source, shape, *arrays), _made_from(path), data_set)
   if (path / 'checkpoints').is_dir():
     return _read_run(source, model, data_set)
   if path.suffix in ('.npz', '.safetensors'):
@@ -133,13 +134,16 @@ def tasks(source: str, data_set: str) -> list[str]:
 
   Args:
     source: as in `read`: a compact network, or a run.
-    data_set: its name; a run on another one has none of its tasks.
+    data_set: its name; a run on another one has none of its tasks, nor has a compact
+      network inside of it.
 
   Raises:
     UserError: there is none, or it is of another kind.
   """
   path = Path(source).expanduser()
   if source and (path / compact.FILE).exists():
+    if _made_from(path) not in (None, data_set):
+      return []
     arrays = compact.read_arrays(path)[1]
     heads = [name.split('/')[2] for name in arrays if name.startswith('params/heads/')]
     return list(dict.fromkeys(heads))
@@ -159,22 +163,39 @@ def _learned(source):
     ) from None
 
 
+def _made_from(path):
+  """The data set of the run that a compact network lies in, None elsewhere."""
+  inside = (path.parent / 'config.json').exists()
+  return _learned(path.parent)[0] if inside else None
+
+
+def _of_data_set(initial, own, data_set):
+  """Without its heads, if they have learned another data set."""
+  if own in (None, data_set):
+    return initial
+  is_backbone = lambda name: name.startswith('backbone/')
+  pick = lambda arrays: {name: x for name, x in arrays.items() if is_backbone(name)}
+  return initial._replace(
+    params=pick(initial.params),
+    batch_stats=pick(initial.batch_stats),
+    skipped=tuple(name for name in initial.params if not is_backbone(name)),
+  )
+
+
 def _read_run(source, model, data_set):
-  with Checkpoints(Path(source), read_only=True) as checkpoints:
+  path = Path(source).expanduser()
+  with Checkpoints(path, read_only=True) as checkpoints:
     latest = checkpoints.newest(checkpoints.restore_any)
   if latest is None:
     raise UserError(f'initial={source}: no complete checkpoint in it')
   state = latest[1]
   params = jax.device_get(gr.by_path(state['params']))
   stats = jax.device_get(gr.by_path(state['batch_stats']))
-  skipped = ()
-  if _learned(source)[0] != data_set:  # a head of the same name has learned else
-    skipped = tuple(name for name in params if not name.startswith('backbone/'))
-    params = {name: x for name, x in params.items() if name not in skipped}
-    stats = {name: x for name, x in stats.items() if name.startswith('backbone/')}
-  began = kept_shape(Path(source)) or WHOLE
+  began = kept_shape(path) or WHOLE
   shape = Shape(_widths(params, model), began.gathers)
-  return Initial(source, shape, params, stats, skipped)
+  return _of_data_set(
+    Initial(source, shape, params, stats), _learned(source)[0], data_set
+  )
 
 
 def keep_shape(workdir: Path, shape: Shape) -> None:

@@ -104,7 +104,9 @@ def predict_folder(exported: Path, pictures: Path, target: Path) -> tuple[int, i
     if attributes:
       text = io.StringIO()
       csv.writer(text).writerows([['picture', *attributes], *rows])
-      write_atomically(target / 'attributes.csv', text.getvalue().encode())
+      # A name that is no UTF-8 stays the bytes that it is.
+      content = text.getvalue().encode(errors='surrogateescape')
+      write_atomically(target / 'attributes.csv', content)
   except OSError as e:
     raise UserError(one_line(e)) from None
   return len(rows), skipped

@@ -316,7 +316,10 @@ def _coefficient_in_words(log):
 
 
 def _learned(log):
-  return any('hypergradient' in row or 'violation' in row for row in log.train)
+  """By the configuration; its absence, or an old log, leaves what was logged."""
+  return log.config.get('sparsity', {}).get('coefficient') == 'learned' or any(
+    'hypergradient' in row or 'violation' in row for row in log.train
+  )
 
 
 def _compared_tasks(log):

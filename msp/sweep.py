@@ -226,8 +226,9 @@ def ensure_trained(
   workdir_module.check(workdir, config)  # old rows are of the same configuration
   log = workdir / writer.METRICS
   rows = writer.read(log) if log.exists() else []
-  # The report is what a run writes last.
-  ended = any(row['split'] == 'test' for row in rows) and report.path(workdir).exists()
+  # What a run writes last. A report alone may have been asked for before its end.
+  last = workdir / 'predictions.npz', report.path(workdir)
+  ended = any(row['split'] == 'test' for row in rows) and all(p.exists() for p in last)
   if not ended:
     start = train.adapt if adapt else train.train
     start(config, workdir, skip_corrupt=skip_corrupt)

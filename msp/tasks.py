@@ -209,7 +209,7 @@ def _at_one_resolution(loss, labelled, at_label) -> dict[str, Loss]:
 
 
 def _check(what, given, known):
-  if given not in known:
+  if not isinstance(given, str) or given not in known:
     close = difflib.get_close_matches(str(given), list(known), n=1)
     hint = f'did you mean {close[0]!r}? ' if close else ''
     raise UserError(f'unknown {what} {given!r}; {hint}known: {", ".join(known)}')

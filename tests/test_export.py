@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -147,9 +148,11 @@ def test_a_folder_of_pictures(network, exported, tmp_path, caplog):
   lying[0x0112] = 6  # to be turned by 90°
   turned = large.transpose(Image.Transpose.ROTATE_90)
   turned.save(photos / 'turned.png', exif=lying)
+  large.save(photos / 'odd.png', exif=b'Exif\x00\x00no TIFF header')
+  large.save(os.fsencode(photos) + b'/caf\xe9.png')  # a name that is no UTF-8
   (photos / 'below').mkdir()
   target = tmp_path / 'out' / 'predictions'
-  assert predict_folder(exported, photos, target) == (19, 3)
+  assert predict_folder(exported, photos, target) == (21, 3)
   assert 'skipped: unreadable image' in caplog.text
   assert '05.png' in caplog.text
   assert 'more than 8 bits' in caplog.text
@@ -171,13 +174,15 @@ def test_a_folder_of_pictures(network, exported, tmp_path, caplog):
   with Image.open(target / 'large.png.parts.png') as image:
     assert image.size == (50, 40)
   depths = []
-  for name in ('large', 'turned'):
+  for name in ('large', 'turned', 'odd'):
     with Image.open(target / f'{name}.png.depth.png') as image:
       depths.append(np.asarray(image))
-  np.testing.assert_array_equal(*depths)
-  with (target / 'attributes.csv').open() as file:
+  np.testing.assert_array_equal(depths[0], depths[1])
+  np.testing.assert_array_equal(depths[0], depths[2])
+  with (target / 'attributes.csv').open(errors='surrogateescape') as file:
     rows = {row['picture']: row['smiling'] for row in csv.DictReader(file)}
-  assert len(rows) == 19
+  assert len(rows) == 21
+  assert rows[os.fsdecode(b'caf\xe9.png')] == rows['large.png']
   assert float(rows['17.png']) == pytest.approx(wanted['smiling'][0], abs=1e-4)
 
 

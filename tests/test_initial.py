@@ -230,8 +230,19 @@ def test_the_tasks_of_a_run_are_those_of_its_data_set(tmp_path):
   known = tasks(str(tmp_path), 'celebamask_hq')
   assert known == ['segmentation', 'male']
   assert tasks(str(tmp_path), 'nyud_mt') == []
-  small(tmp_path)
-  assert set(tasks(str(tmp_path / 'compact'), 'nyud_mt')) == set(HEADS)
+  model, result = small(tmp_path)
+  inside, elsewhere = tmp_path / 'compact', tmp_path / 'elsewhere' / 'compact'
+  compact.write(elsewhere, result)
+  for folder, data_set, heads in (
+    (inside, 'celebamask_hq', set(HEADS)),
+    (inside, 'nyud_mt', set()),
+    (elsewhere, 'nyud_mt', set(HEADS)),  # made from nobody knows what
+  ):
+    assert set(tasks(str(folder), data_set)) == heads
+    initial = read(str(folder), model, data_set)
+    assert {p.split('/')[1] for p in initial.params if p.startswith('heads/')} == heads
+    assert any(p.startswith('backbone/') for p in initial.params)
+    assert bool(initial.skipped) == (not heads)
 
 
 def test_what_cannot_be_begun_with(tmp_path):

@@ -204,6 +204,10 @@ def test_without_the_data_set_it_says_what_to_do(tmp_path, monkeypatch):
       ['{config}:procedural,tiny', '--mode=prepare', '--config.tasks=("smile",)'],
       ["unknown task 'smile'; did you mean 'smiling'?"],
     ),
+    (
+      ['{config}:procedural,tiny', '--mode=prepare', '--config.seed=-1'],
+      ['seed is -1; it has to be in [0, '],
+    ),
   ],
 )
 def test_mistyped_arguments(tmp_path, arguments, expected):
@@ -278,6 +282,7 @@ MISTAKES = [
   ({'model.blocks': (1.5, 1, 1, 1)}, r'blocks is \(1\.5, 1, 1, 1\): give four'),
   ({'model.width': float('inf')}, 'model width is inf: give a number above 0'),
   ({'tasks': (1,)}, 'unknown task 1'),
+  ({'tasks': (['male'],)}, r"unknown task \['male'\]"),
   (
     {'sparsity.coefficient': 'none', 'sparsity.search': float('inf')},
     r'search is inf; .* in \[0, 1\)',

@@ -222,6 +222,14 @@ def test_a_log_without_a_coefficient_is_not_always_of_a_dense_run(
   assert words in report.write(tmp_path).read_text()
 
 
+def test_a_learned_λ_that_only_stood_still_is_not_fixed(tmp_path):
+  make_run(tmp_path, 'fixed')
+  config = json.loads((tmp_path / 'config.json').read_text())
+  config.setdefault('sparsity', {})['coefficient'] = 'learned'
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  assert 'λ learned from 1.25·10−4' in check(tmp_path, EVERY)
+
+
 def test_stand_in_says_so(tmp_path):
   config = configuration(data={'name': 'celebamask_hq', 'procedural_images': 1000})
   (tmp_path / 'config.json').write_text(json.dumps(config))

@@ -63,6 +63,7 @@ def write_log(folder, name, seed):
   rows.append(test | {'group_sparsity': 0.5 if name == 'sparse' else 0.0})
   lines = ''.join(json.dumps(row) + '\n' for row in rows)
   (folder / 'report').mkdir(exist_ok=True)
+  (folder / 'predictions.npz').touch()
   (folder / 'report' / 'index.html').touch()  # what a run writes last
   (folder / 'metrics.jsonl').write_text(lines)
   layers = [{'name': 'layer1_0/conv1', 'alive': [1, 1, 0, name != 'sparse']}]
@@ -208,12 +209,14 @@ def test_only_what_is_missing_is_trained(tmp_path, trained):
   assert calls == []
 
 
-def test_a_run_killed_before_its_last_file_is_not_finished(tmp_path, trained):
+# The second: a report was asked for while the run was going on.
+@pytest.mark.parametrize('missing', ['report/index.html', 'predictions.npz'])
+def test_a_run_killed_before_its_last_file_is_not_finished(tmp_path, trained, missing):
   calls, _ = trained
   sweep.run(make(), tmp_path)
   calls.clear()
   place = sweep.folder(tmp_path, 'sparse', 1)
-  (place / 'report' / 'index.html').unlink()
+  (place / missing).unlink()
   sweep.run(make(), tmp_path)
   assert [call[:2] for call in calls] == [('sparse', 1)]
 
