@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from msp import groups as gr
@@ -243,6 +244,9 @@ def _without(tree, name):
 def difference(a: Compact, b: Compact, images: np.ndarray) -> float:
   """Largest difference of the outputs in evaluation mode, relative to their scale.
 
+  Both compute in float32 at least: half precision rounds sums of fewer channels
+  otherwise, which says nothing about the arrays.
+
   Args:
     a: one network, its outputs give the scale: the largest magnitude of each.
     b: another one.
@@ -252,10 +256,13 @@ def difference(a: Compact, b: Compact, images: np.ndarray) -> float:
     It; NaN if an output is not finite.
   """
 
+  def wide(module):
+    return module.clone(dtype=jnp.promote_types(module.dtype, jnp.float32))
+
   def outputs(network):
-    run = jax.jit(
-      lambda p, s, x: multitask.apply(network.model, p, s, x, train=False)[0]
-    )
+    backbone, heads = network.model
+    model = multitask.MultiTask(wide(backbone), jax.tree.map(wide, heads))
+    run = jax.jit(lambda p, s, x: multitask.apply(model, p, s, x, train=False)[0])
     # By default an accelerator rounds the factors of float32 products.
     with jax.default_matmul_precision('highest'):
       return jax.device_get(run(network.params, network.batch_stats, images))

@@ -38,7 +38,8 @@ def build(
 
   Raises:
     UserError: no entry, unknown name, arguments it does not take, or a transform that
-      needs more than gradients and parameters; differentiated without eps_root.
+      needs more than gradients and parameters; differentiated, and the derivative
+      of one is not finite.
   """
   if not entries:
     raise UserError(f'{where} is empty; name at least one transform')
@@ -51,9 +52,8 @@ def build(
     for name, value in entry.items():
       if isinstance(value, float) and math.isnan(value):
         raise UserError(f'{where}[{i}].{name} is nan; it has to be a number')
-  chain = optax.chain(
-    *(_resolve(dict(entry), where, differentiated) for entry in entries)
-  )
+  links = [_resolve(dict(entry), where) for entry in entries]
+  chain = optax.chain(*links)
   params = {'kernel': jax.ShapeDtypeStruct((2, 2), jnp.float32)}
   try:  # a step of any shape tells
     state = jax.eval_shape(chain.init, params)
@@ -64,7 +64,35 @@ def build(
       f'{where}: {names} cannot make a step from gradients and parameters alone, or '
       f'an argument is of the wrong type: {words(e)}'
     ) from None
+  if differentiated:
+    for entry, link in zip(entries, links, strict=True):
+      _check_derivative(dict(entry), link, where)
   return chain
+
+
+def _check_derivative(entry, link, where):
+  """A derivative has to pass a head that an episode lacks, whose gradient is 0."""
+  one, none = jnp.ones((2, 2)), jnp.zeros((2, 2))
+  params = {'kernel': one, 'absent': one, 'bias': none}
+  grads = {'kernel': one, 'absent': none, 'bias': one}
+  state = link.init(params)
+  update = lambda grads, params: link.update(grads, state, params)[0]
+  _, forward = jax.jvp(update, (grads, params), (grads, params | {'absent': none}))
+  updates, pull = jax.vjp(update, grads, params)
+  backward = pull(jax.tree.map(jnp.ones_like, updates))
+  if all(jnp.isfinite(x).all() for x in jax.tree.leaves((forward, backward))):
+    return
+  name = entry.pop('name')
+  values = _arguments(_find(name, where), entry)
+  remedy = 'name another'
+  if 'eps_root' in values and not values['eps_root']:
+    remedy = 'give it an eps_root above 0, such as 1e-16'
+  elif not values.get('eps_in_sqrt', True):
+    remedy = 'set its eps_in_sqrt'
+  raise UserError(
+    f'{where}: the hypergradient runs through {name}, whose derivative is not finite '
+    f'where a gradient or a weight is 0; {remedy}'
+  )
 
 
 def penalty(name: str, options: Mapping[str, float], where: str) -> Penalty:
@@ -168,7 +196,10 @@ def with_prox(
   if metric is None:
     metric = 'adam' if factory in transforms.ADAPTIVE else 'euclidean'
   if metric == 'euclidean':
-    step = _whole_step(learning_rate, last.get('momentum'), where)
+    step = learning_rate
+    for entry in entries:
+      of = 'decay' if entry['name'] == 'trace' else 'momentum'
+      step = _whole_step(step, entry.get(of), where)
     proximal = transforms.proximal(penalty, groups, step, min_alive=min_alive)
     return optax.chain(chain, proximal)
   options = {k: v for k, v in last.items() if k not in ('name', 'learning_rate')}
@@ -266,7 +297,7 @@ def _find(name, where):
   return found
 
 
-def _resolve(entry, where, differentiated):
+def _resolve(entry, where):
   name = entry.pop('name', None)
   factory = _find(name, where)
   if 'learning_rate' in entry:
@@ -274,17 +305,6 @@ def _resolve(entry, where, differentiated):
   transform = _call(_without_decay_of_log_vars(factory, name), name, entry, where)
   if not isinstance(transform, optax.GradientTransformation):
     raise UserError(f'{where}: {name!r} is not an optax transform')
-  values = _arguments(factory, entry)
-  remedy = None
-  if 'eps_root' in values and not values['eps_root']:
-    remedy = 'give it an eps_root above 0, such as 1e-16'
-  elif not values.get('eps_in_sqrt', True):
-    remedy = 'set its eps_in_sqrt'
-  if differentiated and remedy:
-    raise UserError(
-      f'{where}: the hypergradient runs through {name}, whose derivative is infinite '
-      f'where a gradient is 0; {remedy}'
-    )
   return transform
 
 

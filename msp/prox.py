@@ -72,10 +72,18 @@ def l1_weighted(
   threshold: jax.Array | float,
   axis: int | None = None,
 ) -> jax.Array:
-  """argmin_z ½(z − x)ᵀD(z − x) + Σ_i t_i |z_i|, D = diag(metric) > 0."""
-  t = jnp.asarray(threshold, x.dtype)
+  """argmin_z ½(z − x)ᵀD(z − x) + Σ_i t_i |z_i|, D = diag(metric) > 0.
+
+  z_i = 0 iff |d_i x_i| ≤ t_i, else x_i − t_i/d_i · sign x_i. Args as of `l1`; metric
+  has the shape of x.
+  """
+  x_, d, t = map(_wide, (x, metric, threshold))
   t = gr.expand(t, x, axis if t.ndim == 1 else None)
-  return l1(x, jnp.broadcast_to(t, x.shape) / metric)
+  survives = ~(jnp.abs(x_) * d <= t)
+  # Where it does not, t/d may be infinite and its derivative NaN.
+  ratio = jnp.where(survives, t, 0) / jnp.where(survives, d, 1)
+  z = jnp.sign(x_) * jnp.maximum(jnp.abs(x_) - ratio, 0)
+  return jnp.where(survives, z, jnp.where(t > 0, 0, x_)).astype(x.dtype)
 
 
 def group_lasso_weighted(
@@ -106,9 +114,8 @@ def group_lasso_weighted(
     return x
   metrics, thresholds = map(tree.flatten_up_to, (metric, threshold))
   # Squares of half precision overflow and vanish, and its last digit is no tolerance.
-  wide = lambda a: jnp.asarray(a, jnp.promote_types(jnp.result_type(a), jnp.float32))
   problems = [
-    tuple(map(wide, p)) for p in zip(kernels, metrics, thresholds, strict=True)
+    tuple(map(_wide, p)) for p in zip(kernels, metrics, thresholds, strict=True)
   ]
   if jax.default_backend() == 'cpu':
     solved = [_group_lasso_weighted([p], axis)[0] for p in problems]
@@ -326,6 +333,11 @@ def group_scad(
 def _in_range(step, bound):
   """α; NaN where the problem has several minima, so that it is seen at once."""
   return jnp.where(step < bound, step, jnp.nan)
+
+
+def _wide(a):
+  """In float32 at least."""
+  return jnp.asarray(a, jnp.promote_types(jnp.result_type(a), jnp.float32))
 
 
 def _shrink(r, norm):

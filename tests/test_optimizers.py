@@ -8,18 +8,19 @@ import pytest
 
 from msp import groups as gr
 from msp import optimizers
+from msp.errors import UserError
 from msp.prox import get_penalty
 
 STEP = {'learning_rate': 0.01}
 ADAM = {'eps': 1e-6, 'eps_root': 1e-16}
 
 
-def settled_at(entry, *, scale=1.0, metric=None):
+def settled_at(*entries, scale=1.0, metric=None):
   """Where ½ · scale · (x − 1)² + 0.3 |x| ends, x a group of one weight."""
   params = {'kernel': jnp.full((1, 1), 0.5)}
   groups = gr.find(params, 'kernel')
   tx = optimizers.with_prox(
-    [STEP | entry],
+    [*entries[:-1], STEP | entries[-1]],
     'optimizer',
     get_penalty('group_lasso'),
     groups,
@@ -61,6 +62,27 @@ def settled_at(entry, *, scale=1.0, metric=None):
 def test_a_coefficient_is_that_of_loss_plus_penalty(entry, scale):
   """scale · (x − 1) + 0.3 = 0, by the prox in the metric that the step has."""
   np.testing.assert_allclose(settled_at(entry, scale=scale), 1 - 0.3 / scale, atol=5e-3)
+
+
+def test_momentum_as_a_transform_of_its_own():
+  trace = {'name': 'trace', 'decay': 0.9}
+  np.testing.assert_allclose(settled_at(trace, {'name': 'sgd'}), 0.7, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+  ('name', 'options', 'remedy'),
+  [
+    ('adam', STEP, 'give it an eps_root above 0'),
+    ('rmsprop', STEP | {'eps_in_sqrt': False}, 'set its eps_in_sqrt'),
+    ('clip_by_block_rms', {'threshold': 0.1}, 'name another'),  # forward mode
+    ('scale_by_trust_ratio', {}, 'name another'),  # reverse mode
+  ],
+)
+def test_a_hypergradient_runs_through_what_has_a_derivative(name, options, remedy):
+  entries = [{'name': name, **options}, {'name': 'sgd', **STEP}]
+  optimizers.build(entries, 'optimizer')
+  with pytest.raises(UserError, match=f'optimizer: .* {name}, whose .*{remedy}'):
+    optimizers.build(entries, 'optimizer', differentiated=True)
 
 
 def test_weight_decay_leaves_the_uncertainties_alone():

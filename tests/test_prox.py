@@ -491,6 +491,33 @@ def test_a_coefficient_that_is_not_a_number_is_seen(name, weighted):
   assert jnp.isnan(got).any()
 
 
+@pytest.mark.parametrize('small', [1e-8, 1e-20, 1e-25])
+def test_the_weighted_l1_prox_next_to_no_metric(small):
+  """What it kills has a derivative of 0, though t/d² is beyond float32."""
+  x, t = jnp.array([[0.5], [-0.5], [0.5]]), 0.1
+  metric = jnp.array([[small], [small], [1.0]])
+
+  def total(x, metric, t):
+    sparse = prox.sparse_group_lasso_weighted(x, metric, 0.0, -2, l1_threshold=t)
+    return jnp.sum(prox.l1_weighted(x, metric, t) + sparse)
+
+  z = prox.l1_weighted(x, metric, t)
+  np.testing.assert_allclose(z, [[0], [0], [0.4]], rtol=1e-6)
+  of_x, of_metric, of_t = jax.grad(total, (0, 1, 2))(x, metric, t)
+  np.testing.assert_allclose(of_x, [[0], [0], [2]], rtol=1e-6)
+  np.testing.assert_allclose(of_metric, [[0], [0], [0.2]], rtol=1e-6)
+  np.testing.assert_allclose(of_t, -2, rtol=1e-6)
+
+
+def test_the_weighted_l1_prox_in_half_precision():
+  """A threshold that is 0 in float16 is none beside a small metric."""
+  x, metric = jnp.full((2, 2), 1e-3, jnp.float16), jnp.full((2, 2), 6e-5, jnp.float16)
+  got = prox.l1_weighted(x, metric, 2e-8)
+  assert got.dtype == x.dtype
+  exact = x.astype(jnp.float32) - 2e-8 / metric.astype(jnp.float32)
+  np.testing.assert_allclose(got, exact, rtol=2e-3)
+
+
 @pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize('scale', [1e-4, 1.0, 300.0])
 def test_the_weighted_prox_in_half_precision(dtype, scale):
