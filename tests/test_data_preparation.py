@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 from data import DataError, celebamask_hq, files, preparation
@@ -450,3 +450,18 @@ def test_rendering_by_name(tmp_path):
     with pytest.raises(DataError, match=words):
       data.render(name, tmp_path / 'c', *settings)
   assert not (tmp_path / 'c').exists()
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_a_picture_is_turned_as_its_exif_says(tmp_path, orientation):
+  pixels = np.arange(72, dtype=np.uint8).reshape(4, 6, 3) * 3
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  path = tmp_path / 'picture.png'
+  Image.fromarray(pixels).save(path, exif=exif)
+  with Image.open(path) as image:
+    wanted = np.asarray(ImageOps.exif_transpose(image))
+  size = files.read_size(path, upright=True)
+  assert size == wanted.shape[:2]
+  np.testing.assert_array_equal(files.read_image(path, size, upright=True), wanted)
+  np.testing.assert_array_equal(files.read_image(path, (4, 6)), pixels)
