@@ -115,8 +115,8 @@ def read(source: str, model: multitask.MultiTask, data_set: str) -> Initial:
       for name, x in arrays.items()
       if name.startswith(f'{kind}/')
     }
-    arrays = split('params'), split('batch_stats')
-    return _of_data_set(Initial(source, shape, *arrays), _made_from(path), data_set)
+    initial = Initial(source, shape, split('params'), split('batch_stats'))
+    return _of_data_set(initial, _made_from(path), data_set)
   if (path / 'checkpoints').is_dir():
     return _read_run(source, model, data_set)
   if path.suffix in ('.npz', '.safetensors'):

@@ -320,7 +320,7 @@ def test_another_depth_is_refused(blocks, tmp_path):
     fitting(initial, *shapes)
 
 
-def test_a_head_of_another_data_set_is_not_taken_over(tmp_path):
+def test_a_head_of_another_data_set_is_not_taken_over(tmp_path, monkeypatch):
   model = small_network('basic', (1, 1, 1, 1))
   params, stats = init(model)
   state = {'params': params, 'batch_stats': stats}
@@ -328,8 +328,9 @@ def test_a_head_of_another_data_set_is_not_taken_over(tmp_path):
     checkpoints.save(1, state, {}, 0.5)
   config = {'data': {'name': 'camvid'}, 'tasks': list(HEADS)}
   (tmp_path / 'config.json').write_text(json.dumps(config))
+  monkeypatch.setenv('HOME', str(tmp_path.parent))
   for data_set, heads in (('camvid', True), ('nyud_mt', False)):
-    initial = read(str(tmp_path), model, data_set)
+    initial = read(f'~/{tmp_path.name}', model, data_set)
     used = fitting(initial, params, stats)
     taken = [path for path in used.params if path.startswith('heads/')]
     assert bool(taken) is heads
