@@ -3,10 +3,12 @@
   python -m benchmarks.learned_lambda camvid --source /path/to/CamVid --out DIR
   python -m benchmarks.learned_lambda faces --out DIR
   ... rooms --rows 'dense,meta,budget 0.7' --seeds 3 --steps 450 --width 0.5
+  ... faces --images 2000
 
-A sweep (`msp.sweep`) with the `:tiny` settings, all runs of the same number of steps:
-the same command goes on after a kill. Ends with DIR/table.md (mean ± standard deviation
-over seeds; Δm against the dense runs of the same seeds) and DIR/report/index.html.
+A sweep (`msp.sweep`) with the `:tiny` settings, all runs of the same number of steps
+and, where images are rendered, of as many (--images; 400 otherwise): the same command
+goes on after a kill. Ends with DIR/table.md (mean ± standard deviation over seeds; Δm
+against the dense runs of the same seeds) and DIR/report/index.html.
 """
 
 import argparse
@@ -104,17 +106,24 @@ def make(
   source: str = '',
   steps: int = 0,
   width: float = 0.0,
+  images: int = 0,
 ) -> ConfigDict:
   """The sweep of some rows, whose names have commas between them."""
   made = base.new('learned_lambda', data_set)
   made.update(seeds=tuple(range(seeds)), steps=steps)
   setting = base.parse(DATA[data_set])
+  if images and not setting.multitask().data.procedural_images:
+    raise UserError(
+      f'--images {images}: {data_set} is not rendered; leave --images out'
+    )
   made.sources[setting.multitask().data.name] = source
   for name in map(str.strip, rows.split(',')):
     if name not in ROWS:
       raise UserError(f'unknown row {name!r}; known: {", ".join(ROWS)}')
     inner, changes = ROWS[name]
     size = {'model.width': width} if width else {}
+    if images:
+      size['data.procedural_images'] = images
     config = setting.meta() if inner else setting.multitask()
     base.add(made, name, config, changes, size)
     if name == 'dense':
@@ -138,7 +147,7 @@ def arguments_of(description, **options):
 
 
 def main():
-  arguments = arguments_of(__doc__, rows=ALL_ROWS, width=0.0)
+  arguments = arguments_of(__doc__, rows=ALL_ROWS, width=0.0, images=0)
   try:
     made = make(
       arguments.data_set,
@@ -147,6 +156,7 @@ def main():
       arguments.source,
       arguments.steps,
       arguments.width,
+      arguments.images,
     )
     page = sweep.run(made, arguments.out)
   except (UserError, data.DataError) as e:

@@ -419,6 +419,10 @@ def test_every_row_of_the_benchmark_of_learned_λ_is_possible():
   (wide,) = learned_lambda.make('camvid', 'K = 5 from 0.5', 1, width=0.5).runs
   assert wide.config.model.width == 0.5
   assert (wide.config.meta.inner_steps, wide.config.sparsity.start) == (5, 0.5)
+  (many,) = learned_lambda.make('faces', 'dense', 1, images=2000).runs
+  assert many.config.data.procedural_images == 2000
+  with pytest.raises(UserError, match='camvid is not rendered'):
+    learned_lambda.make('camvid', 'dense', seeds=1, images=2000)
   with pytest.raises(UserError, match="unknown row 'tolerence'; known: dense"):
     learned_lambda.make('camvid', 'dense, tolerence', seeds=1)
 
