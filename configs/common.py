@@ -105,7 +105,8 @@ def base() -> ConfigDict:
   config.sparsity.tangent_max_norm = 1.0  # of 'online', relative to the weights
   config.sparsity.objective = 'holdout'  # 'holdout' | 'tolerance' | 'budget'
   config.sparsity.learn_on = 'hold_out'  # 'hold_out' (see data.hold_out) | 'query'
-  config.sparsity.tolerance = 0.0  # relative; at least one standard error
+  # ε: relative, at least one standard error; of losses next to 0 see msp.objectives.
+  config.sparsity.tolerance = 0.0
   config.sparsity.search = 0.0  # of 'tolerance': share of the steps, see msp.objectives
   config.sparsity.target = 0.5  # of 'budget': the share to remove, of
   config.sparsity.measure = 'groups'  # 'groups' | 'weights' | 'flops'
@@ -308,5 +309,8 @@ def tiny(config: ConfigDict) -> None:
     # A smile takes thousands of steps at this size, glasses take a hundred.
     config.tasks = ('segmentation', 'male', 'eyeglasses')
     config.sparsity.tolerance = 0.1
+    # The whole range of ρ within 150 steps; then ever slower, as what a few glasses in
+    # a batch say is noise.
+    _step_of_rho(config, 'tolerance', exponential(config, 0.05, 0.02))
     if config.data.hold_out:
       config.data.hold_out = 0.25

@@ -56,7 +56,8 @@ class Objective(NamedTuple):
     measure: of 'budget', what the share is of: 'groups' | 'weights' | 'flops'.
     positions: of 'flops', layer -> output positions (rows · columns) of its kernel.
     tolerance: of 'tolerance', ε ≥ 0, the relative increase of the hold-out loss that
-      is allowed, or one standard error of the twin's loss if that is more.
+      is allowed, or one standard error of the twin's loss if that is more; and, for
+      losses next to 0, ε² of the first loss, see `compare`.
     search: of 'tolerance', steps that only search for λ; 0: none.
     rise: of 'budget', steps in which its aim rises; 0: it is the target at once. Of
       'holdout', steps in which the share that may be dead rises to 1; 0: any may.
@@ -86,8 +87,10 @@ class Twin(NamedTuple):
     opt_state: of its optimiser.
     batch_stats: its running statistics.
     count: comparisons made of each task, shape (tasks,), int32.
-    gap: running means of log(L_t/L_t of the twin) on the same batch, shape (tasks,).
-    level: running means of log(L_t of the twin), shape (tasks,).
+    first: L_t of the twin in the first comparison, shape (tasks,).
+    gap: running means of log(L_t/L_t of the twin) on the same batch, shape (tasks,),
+      both losses above a floor, see `compare`.
+    level: running means of log(L_t of the twin), above the same floor, shape (tasks,).
     spread: running variances of the same, shape (tasks,).
     peak: largest mean of ρ since the network was last the twin, shape ().
   """
@@ -96,6 +99,7 @@ class Twin(NamedTuple):
   opt_state: PyTree
   batch_stats: PyTree
   count: jax.Array
+  first: jax.Array
   gap: jax.Array
   level: jax.Array
   spread: jax.Array
@@ -167,39 +171,46 @@ def make_twin(
 ) -> Twin:
   """The twin before the first step: the same network, as buffers of its own."""
   own = jax.tree.map(jnp.copy, (params, opt_state, batch_stats))
-  numbers = [jnp.zeros(num_tasks) for _ in range(3)]
+  numbers = [jnp.zeros(num_tasks) for _ in range(4)]
   return Twin(*own, jnp.zeros(num_tasks, jnp.int32), *numbers, jnp.float32(-jnp.inf))
 
 
 def compare(
+  objective: Objective,
   twin: Twin,
   sparse: Mapping[str, jax.Array],
   dense: Mapping[str, jax.Array],
-  decay: float,
 ) -> Twin:
   """Adds one pair of hold-out losses, by task, to the running comparison.
 
-  The pair shares its batch, so the batch's own difficulty cancels in the gap.
+  gap = log((L + εL₀)/(L of the twin + εL₀)), L₀ the task's first loss. The pair shares
+  its batch, so the batch's own difficulty cancels. Without εL₀ a task that is as good
+  as solved would decide: of losses next to 0 ratios are large and mean nothing. With it
+  an increase of ε(L + εL₀) is allowed: relative, and ε² of what there was to learn.
 
   Args:
+    objective: with `tolerance` (ε) and `decay`; the first comparisons weigh alike.
     twin: before.
     sparse: L_t of the network, task -> shape (), float.
     dense: L_t of the twin on the same batch. A task without a loss in either (0: no
       label in the batch) keeps its numbers.
-    decay: of the running means and variance; the first comparisons weigh alike.
 
   Returns:
-    The twin with count, gap, level and spread after.
+    The twin with count, first, gap, level and spread after.
   """
   stack = lambda values: jnp.stack(list(values.values()))
-  logs = lambda values: jnp.log(stack(values))
-  seen = (stack(dense) > 0) & (stack(sparse) > 0)
+  sparse, dense = stack(sparse), stack(dense)
+  seen = (dense > 0) & (sparse > 0)
+  first = jnp.where(seen & (twin.count == 0), dense, twin.first)
+  log = lambda losses: jnp.log(losses + objective.tolerance * first)
   # The first comparisons weigh as in a plain mean.
-  weight = jnp.where(seen, jnp.maximum(1 - decay, 1 / (twin.count + 1)), 0)
-  gap = jnp.where(seen, logs(sparse) - logs(dense), 0)
-  change = jnp.where(seen, logs(dense) - twin.level, 0)
+  weight = jnp.maximum(1 - objective.decay, 1 / (twin.count + 1))
+  weight = jnp.where(seen, weight, 0)
+  gap = jnp.where(seen, log(sparse) - log(dense), 0)
+  change = jnp.where(seen, log(dense) - twin.level, 0)
   return twin._replace(
     count=twin.count + seen,
+    first=first,
     gap=twin.gap + weight * (gap - twin.gap),
     level=twin.level + weight * change,
     spread=(1 - weight) * (twin.spread + weight * change**2),
@@ -255,7 +266,7 @@ def allowed(objective: Objective, twin: Twin) -> jax.Array:
     twin: after `compare`.
 
   Returns:
-    Shape (tasks,), float: bounds of log(L_t/L_t of the twin).
+    Shape (tasks,), float: bounds of the gaps.
   """
   error = jnp.sqrt(twin.spread / objective.hold_out_batches)
   return jnp.maximum(error, math.log1p(objective.tolerance))

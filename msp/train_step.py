@@ -143,12 +143,12 @@ def make_train_step(
         twin.batch_stats,
       )
       twin = objectives.compare(
+        objective,
         twin._replace(
           params=twin_params, opt_state=twin_opt_state, batch_stats=twin_stats
         ),
         sparse,
         dense,
-        objective.decay,
       )
       violation = objectives.tolerance_violation(objective, twin)
       network = params, opt_state, stats

@@ -1,5 +1,6 @@
 """What moves λ: the comparison with the twin, the budget, and their signals."""
 
+import functools
 import math
 
 import jax
@@ -24,7 +25,7 @@ def test_comparison_is_a_running_mean_of_log_ratios():
     dense = {'a': rng.uniform(0.5, 2), 'b': rng.uniform(0.1, 3)}
     sparse = {'a': 1.1 * dense['a'], 'b': dense['b']}
     values = [{k: jnp.asarray(v) for k, v in x.items()} for x in (sparse, dense)]
-    t = objectives.compare(t, *values, 0.99)
+    t = objectives.compare(Objective(decay=0.99), t, *values)
     levels.append(np.log(list(dense.values())))
   # The batches' own difficulty cancels in the gap, and makes the spread.
   np.testing.assert_allclose(t.gap, [math.log(1.1), 0.0], rtol=1e-4, atol=1e-6)
@@ -44,7 +45,7 @@ def test_the_level_of_losses_is_no_part_of_their_spread():
     dense = {
       k: jnp.asarray(v) for k, v in zip('ab', rng.uniform(2.7, 3.3, 2), strict=True)
     }
-    t = objectives.compare(t, dense, dense, 0.95)
+    t = objectives.compare(Objective(decay=0.95), t, dense, dense)
     logs.append(np.log([float(v) for v in dense.values()]))
     np.testing.assert_allclose(t.spread, np.var(logs, 0), rtol=1e-3, atol=1e-9)
     np.testing.assert_allclose(t.level, np.mean(logs, 0), rtol=1e-5)
@@ -53,18 +54,44 @@ def test_the_level_of_losses_is_no_part_of_their_spread():
 
 def test_absent_tasks_are_left_out_of_the_comparison():
   losses = lambda a, b: {'a': jnp.asarray(a), 'b': jnp.asarray(b)}
-  t = objectives.compare(twin(), losses(2.0, jnp.nan), losses(1.0, jnp.nan), 0.9)
+  compare = functools.partial(objectives.compare, Objective(decay=0.9))
+  t = compare(twin(), losses(2.0, jnp.nan), losses(1.0, jnp.nan))
   np.testing.assert_allclose(t.gap, [math.log(2), 0.0], atol=1e-6)
   assert t.count.tolist() == [1, 0]
-  t = objectives.compare(t, losses(4.0, 3.0), losses(1.0, 1.0), 0.9)
+  t = compare(t, losses(4.0, 3.0), losses(1.0, 1.0))
   np.testing.assert_allclose(t.gap, [math.log(8) / 2, math.log(3)], atol=1e-6)
   # Of a task that is absent, and of one without a label in the batch.
   for nothing in (jnp.nan, 0.0):
     before = t
-    t = objectives.compare(t, losses(5.0, nothing), losses(1.0, nothing), 0.9)
-    for name in ('count', 'gap', 'level', 'spread'):  # b keeps its numbers
+    t = compare(t, losses(5.0, nothing), losses(1.0, nothing))
+    for name in ('count', 'first', 'gap', 'level', 'spread'):  # b keeps its numbers
       assert getattr(t, name)[1] == getattr(before, name)[1]
       assert np.isfinite(getattr(t, name)).all()
+
+
+def test_a_task_next_to_solved_is_held_to_a_share_of_its_first_loss():
+  """ε of the loss where that is large, ε² of the first loss where it is next to 0."""
+  o = Objective('tolerance', tolerance=0.1)
+  losses = lambda a, b: {'a': jnp.asarray(a), 'b': jnp.asarray(b)}
+  # Only b has a label in the first batch: a's first loss is of the second.
+  begun = objectives.compare(o, twin(), losses(jnp.nan, 0.8), losses(jnp.nan, 0.8))
+  begun = objectives.compare(o, begun, losses(2.0, 0.7), losses(2.0, 0.7))
+  np.testing.assert_allclose(begun.first, [2.0, 0.8])
+  begun = begun._replace(count=jnp.zeros(2, jnp.int32) + 10**6)
+
+  def violation(a, b):
+    """Where two networks stay that far above a dense one at 0.5 and 0.001."""
+    t, dense = begun, losses(0.5, 0.001)
+    for _ in range(200):
+      t = objectives.compare(o, t, losses(0.5 + a, 0.001 + b), dense)
+    np.testing.assert_array_equal(t.first, begun.first)
+    return objectives.tolerance_violation(o._replace(hold_out_batches=1e9), t)
+
+  bounds = 0.1 * (0.5 + 0.1 * 2.0), 0.1 * (0.001 + 0.1 * 0.8)
+  np.testing.assert_allclose(violation(bounds[0], 0.0), 0.0, atol=1e-3)
+  np.testing.assert_allclose(violation(0.0, bounds[1]), 0.0, atol=1e-3)
+  assert violation(0.0, 0.003) < 0  # four times the twin's loss, and nothing of 0.8
+  assert violation(0.0, 0.03) > 1
 
 
 def test_tolerance_pushes_towards_the_bound_from_both_sides():
@@ -127,7 +154,7 @@ def test_a_restored_network_is_not_taken_for_room():
   loss = {'a': jnp.ones(()), 'b': jnp.ones(())}
   steps = 0
   while objectives.tolerance_violation(OBJECTIVE, twin) > 0:
-    twin = objectives.compare(twin, loss, loss, 0.95)
+    twin = objectives.compare(Objective(decay=0.95), twin, loss, loss)
     steps += 1
   assert 10 < steps < 20  # and a start that killed everything is forgotten all the same
 
