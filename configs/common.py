@@ -309,8 +309,8 @@ def tiny(config: ConfigDict) -> None:
     # A smile takes thousands of steps at this size, glasses take a hundred.
     config.tasks = ('segmentation', 'male', 'eyeglasses')
     config.sparsity.tolerance = 0.1
-    # The whole range of ρ within 150 steps; then ever slower, as what a few glasses in
-    # a batch say is noise.
-    _step_of_rho(config, 'tolerance', exponential(config, 0.05, 0.02))
+    # It falls: what a few glasses in a batch say is noise. But not to a fiftieth, as it
+    # has to follow the λ that is just tolerated, which grows.
+    _step_of_rho(config, 'tolerance', exponential(config, 0.05, 0.1))
     if config.data.hold_out:
       config.data.hold_out = 0.25
