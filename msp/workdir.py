@@ -54,9 +54,12 @@ def check(workdir: Path, config: ConfigDict) -> None:
     ) from None
   differ = list(_differences(own, _resolved(config)))
   if differ:
+    # Those nearest the top first: what was set, before the schedules that follow it.
+    differ.sort(key=lambda difference: difference[0].count('.'))
+    told = '; '.join(f'{field} was {old}, now {new}' for field, old, new in differ[:5])
     raise UserError(
       f'work directory {workdir} belongs to another configuration: '
-      f'{"; ".join(differ[:5])}{"; …" if len(differ) > 5 else ""}. Choose another '
+      f'{told}{"; …" if len(differ) > 5 else ""}. Choose another '
       f'directory with --workdir, or remove this one'
     )
 
@@ -167,14 +170,22 @@ def _unwritable(workdir, reason):
   )
 
 
-def _differences(old: Any, new: Any, prefix: str = '') -> Iterator[str]:
+def _differences(old: Any, new: Any, field: str = '') -> Iterator[tuple[str, Any, Any]]:
+  """(field, old value, new value) of every one that differs."""
   if isinstance(old, Mapping) and isinstance(new, Mapping):
     for key in sorted(old.keys() | new.keys()):
       yield from _differences(
-        old.get(key, 'absent'), new.get(key, 'absent'), f'{prefix}.{key}'.lstrip('.')
+        old.get(key, 'absent'), new.get(key, 'absent'), f'{field}.{key}'.lstrip('.')
       )
-  elif old != new and not _moved(prefix, old, new):
-    yield f'{prefix} was {old}, now {new}'
+  elif _transforms(old) and _transforms(new) and len(old) == len(new):
+    for at, pair in enumerate(zip(old, new, strict=True)):
+      yield from _differences(*pair, f'{field}[{at}]')
+  elif old != new and not _moved(field, old, new):
+    yield field, old, new
+
+
+def _transforms(value):
+  return isinstance(value, list) and all(isinstance(x, Mapping) for x in value)
 
 
 def _moved(field, old, new):

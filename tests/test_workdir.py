@@ -45,6 +45,20 @@ def test_another_configuration_is_refused_and_told_apart(tmp_path):
   assert (tmp_path / 'config.json').read_bytes() == before
 
 
+def test_of_many_differences_what_was_set_is_told_first(tmp_path):
+  made = celeba_meta.get_config('procedural,tiny')
+  workdir.claim(tmp_path, made)
+  made.train.steps = 9  # and with it the schedules of every optimiser
+  made.sparsity.optimizers.budget = made.sparsity.optimizers.budget[1:]
+  with pytest.raises(UserError) as caught:
+    workdir.check(tmp_path, made)
+  message = str(caught.value)
+  assert 'configuration: train.steps was 420, now 9; ' in message
+  assert 'optimizer[0].learning_rate.decay_steps was 420, now 9; ' in message
+  assert "sparsity.optimizers.budget was [{'name': 'anticipate'" in message
+  assert '; …. Choose' in message
+
+
 def test_what_only_moved_is_the_same(tmp_path):
   def placed(root, start='sweep/start/0'):
     made = config()
