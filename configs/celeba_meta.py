@@ -8,7 +8,7 @@ accelerator or more, there with --config.model.dtype=bfloat16):
   python launch.py --config configs/celeba_meta.py \
       --config.data.source=/path/to/CelebAMask-HQ
 On the procedural stand-in, small (2 CPU cores, 2 minutes;
-mIoU 0.77, a third to a half of the groups dead):
+mIoU 0.74 to 0.77, a third to a half of the groups dead):
   python launch.py --config configs/celeba_meta.py:procedural,tiny
 Variation: seven tasks, two episodes drawn a step:
   ... --workdir runs/seven --config.meta.episodes=2 \
