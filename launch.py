@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
       print(f'evaluation: {workdir / "evaluation.json"}')
     elif _MODE.value == 'sweep':
       path = sweep.run(config, workdir, skip_corrupt=skip)
-      print(f'sweep: {path}')
+      print(f'{(workdir / "table.md").read_text()}\nsweep: {path}')
     else:
       if (
         jax.config.jax_compilation_cache_dir is None and jax.default_backend() != 'cpu'

@@ -43,6 +43,11 @@ ROWS = {
     f'tolerance from {start:g}': (False, base.LEARNED | {'sparsity.start': start})
     for start in (1e-3, 1e-2, 1e-1, 0.5)
   },
+  # What is allowed, instead of what the configuration says.
+  **{
+    f'tolerance of {share:g}': (False, base.LEARNED | {'sparsity.tolerance': share})
+    for share in (0.0, 0.02, 0.05)
+  },
   **{f'budget {t:g}': (False, base.budget(t)) for t in (0.3, 0.5, 0.6, 0.7)},
   **{
     f'online from {start:g}': (False, base.LEARNED | ONLINE | {'sparsity.start': start})
@@ -72,11 +77,12 @@ ROWS = {
     for steps in (1, 3, 5, 10)
     for start in (1e-3, 1e-2, 1e-1, 0.5)
   },
-  # One change each, of 'tolerance from 0.01', of 'budget 0.7' and of 'meta'.
+  # One change each, of 'tolerance', 'budget 0.7', 'online' and 'meta', from 0.01.
   **{
     f'tolerance: {name}': (False, base.LEARNED | {f'sparsity.{k}': v for k, v in c})
     for name, *c in (
       ('query data', ('learn_on', 'query')),
+      ('single weights', ('penalty', 'l1'), ('axis', 'weight')),
       ('never settles', ('settle', 0.0)),
       ('Euclidean prox', ('metric', 'euclidean')),
       ('no survival floor', ('min_alive', 0)),
@@ -91,6 +97,7 @@ ROWS = {
     False,
     base.budget(0.7) | {'sparsity.penalty': 'group_mcp'},
   ),
+  'online: query data': (False, base.LEARNED | ONLINE | {'sparsity.learn_on': 'query'}),
   'meta: exact': (True, {'meta.exact': True}),
   'meta: one λ a layer': (True, {'sparsity.granularity': 'layer'}),
 }

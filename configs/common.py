@@ -109,7 +109,10 @@ def base() -> ConfigDict:
   config.sparsity.tolerance = 0.0
   config.sparsity.search = 0.0  # of 'tolerance': share of the steps, see msp.objectives
   config.sparsity.target = 0.5  # of 'budget': the share to remove, of
-  config.sparsity.measure = 'groups'  # 'groups' | 'weights' | 'flops'
+  # 'groups' | 'weights' | 'flops', of what a convolution reads and writes by itself:
+  # removing an input channel nobody else reads saves its writers too, see --mode
+  # compact. Exact with axis=coupled.
+  config.sparsity.measure = 'groups'
   # Share of the steps in which it is approached, until dead groups stay dead at most;
   # under 'holdout' the share that may be dead grows from 0 to 1 in them, 0: any may.
   config.sparsity.rise = 0.6

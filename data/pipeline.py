@@ -58,12 +58,21 @@ class _Stored(NamedTuple):
 
 
 class Splits(NamedTuple):
-  """The parts of a data set; `hold_out` is None if nothing is held out."""
+  """The parts of a data set.
+
+  Attributes:
+    train: to train on.
+    hold_out: None if nothing is held out.
+    val: in stored order.
+    test: in stored order.
+    stand_in: whether its pictures were drawn by a renderer.
+  """
 
   train: Source
   hold_out: Source | None
   val: Source
   test: Source
+  stand_in: bool
 
   def with_hold_out(self, share: float, seed: int) -> Source:
     """Train with a share of the hold-out part, drawn as `train_share` is."""
@@ -132,6 +141,7 @@ def open(
     hold_out=part('train', np.flatnonzero(held_out)) if hold_out else None,
     val=part('val', np.arange(len(records['val']))),
     test=part('test', np.arange(len(records['test']))),
+    stand_in=summary['stand_in'] is not None,
   )
 
 

@@ -202,12 +202,11 @@ def build(
     lambda_max = gr.lambda_max(groups, gradients)
     if len(groups.names) == 1:
       lambda_max = lambda_max[0]
-    if learned:
-      relative = sparsity.start
-    else:
-      # Without a gradient at the start a layer has no scale; its λ is `value` too.
-      lambda_max = jnp.where(lambda_max > 0, lambda_max, sparsity.value)
-      relative = sparsity.value / lambda_max
+    # Without a gradient at the start a layer has no scale of its own: then the largest
+    # of the others, or of a fixed λ `value`, which is its λ too.
+    scale = jnp.max(lambda_max) if learned else sparsity.value
+    lambda_max = jnp.where(lambda_max > 0, lambda_max, scale)
+    relative = sparsity.start if learned else sparsity.value / lambda_max
     # Of λ_max's own type, or the step would be compiled again for its own output.
     relative = jnp.asarray(relative, lambda_max.dtype)
     rho = jnp.log(jnp.broadcast_to(relative, lambda_max.shape))
@@ -390,6 +389,12 @@ def _check(config):
     )
   if sparsity.coefficient != 'learned':
     return
+  by_flops = sparsity.objective == 'budget' and sparsity.measure == 'flops'
+  if by_flops and sparsity.axis == 'weight':
+    raise UserError(
+      'sparsity.measure=flops with sparsity.axis=weight: single zeros save no FLOPs, '
+      'only channels do; set sparsity.measure=weights, or another axis'
+    )
   if sparsity.settle and sparsity.objective == 'budget':
     inside = sparsity.penalty == 'sparse_group_lasso' and sparsity.axis != 'weight'
     if inside and sparsity.measure == 'weights':

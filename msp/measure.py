@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from msp import groups as gr
+from msp.compact import compact
 from msp.models import multitask
 
 PyTree = Any
@@ -49,6 +50,37 @@ def kernel_flops(
   flops = {path: 2 * leaves[path].size * n for path, n in positions.items()}
   backbone = sum(n for path, n in flops.items() if path.startswith('backbone/'))
   return backbone, sum(flops.values())
+
+
+def backbone_costs(
+  model: multitask.MultiTask,
+  params: PyTree,
+  batch_stats: PyTree,
+  image_shape: Sequence[int],
+) -> dict[str, int]:
+  """Parameters and FLOPs of a backbone, with its dead channels and without.
+
+  Args:
+    model: the network.
+    params: θ, with exact zeros.
+    batch_stats: running statistics; see `msp.compact.compact`.
+    image_shape: (H, W, 3).
+
+  Returns:
+    'backbone_parameters', 'backbone_flops' (of an image's convolutions, as
+    `kernel_flops`), and both of the compact network, their names with '_compact'.
+
+  Raises:
+    UserError: a dead stream cuts the network.
+  """
+  count = lambda tree: sum(x.size for x in jax.tree.leaves(tree['backbone']))
+  small = compact(model, params, batch_stats)
+  return {
+    'backbone_parameters': count(params),
+    'backbone_parameters_compact': count(small.params),
+    'backbone_flops': kernel_flops(model, params, image_shape)[0],
+    'backbone_flops_compact': kernel_flops(small.model, small.params, image_shape)[0],
+  }
 
 
 def cost(

@@ -1,8 +1,9 @@
 """Watches the numbers of a run's steps, and puts them into words."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 PyTree = Any
 # A layer with no more than this share of its groups alive carries next to nothing.
 STARVED = 1 / 16
+# How far from its target a budget may end, as a share removed.
+MISSED = 0.02
 
 
 class Monitor:
@@ -103,6 +106,59 @@ class Monitor:
         'is dead' if alive == 0 else f'is at its survival floor ({alive} alive)',
       )
     return 2 * starved >= len(self._totals) > 0
+
+
+class Constraint(NamedTuple):
+  """What became of a run's constraint: whether it holds, and by how much, in words."""
+
+  holds: bool
+  words: str
+
+
+def constraint(
+  rows: Sequence[Mapping[str, Any]], sparsity: Mapping[str, Any]
+) -> Constraint | None:
+  """Whether what λ had to keep to has been kept.
+
+  Args:
+    rows: of metrics.jsonl.
+    sparsity: the section of the run's configuration.
+
+  Returns:
+    Under a tolerance, of the task that is worst in the last step that compared, where λ
+    came to rest; of a budget, once the run has ended, whether it is within `MISSED` of
+    its target. None where there is nothing to keep to, or nothing to tell it by.
+  """
+  if sparsity.get('coefficient') != 'learned':
+    return None
+  objective = sparsity.get('objective')
+  if objective == 'budget':
+    ends = [row for row in rows if row['split'] == 'test' and 'removed' in row]
+    if not ends:
+      return None
+    removed, target = ends[-1]['removed'], sparsity['target']
+    what = (
+      f'{removed:.1%} of the {sparsity["measure"]} are gone, {target:.1%} asked for'
+    )
+    return Constraint(abs(removed - target) <= MISSED, f'budget: {what}')
+  compared = [row for row in rows if row.get('violation') is not None]
+  if objective != 'tolerance' or not compared:
+    return None
+  last = compared[-1]
+  bounds = {
+    name.removeprefix('gap/'): (last[name], last[f'gap_allowed/{name[4:]}'])
+    for name in last
+    if name.startswith('gap/')
+  }
+  over = {task: gap / allowed for task, (gap, allowed) in bounds.items()}
+  worst = max(over, key=over.get)
+  gap, allowed = map(math.expm1, bounds[worst])
+  return Constraint(
+    last['violation'] <= 0,
+    f'tolerance: at step {last["step"]}, the last that compared, the hold-out loss of '
+    f"{worst} was {abs(gap):.1%} {'above' if gap > 0 else 'below'} the twin's; up to "
+    f'{allowed:.1%} above are allowed',
+  )
 
 
 def flatten(

@@ -16,6 +16,7 @@ import numpy as np
 
 from msp import figures, writer
 from msp.errors import UserError
+from msp.monitor import constraint
 from msp.workdir import write as write_file
 
 Row = Mapping[str, Any]
@@ -234,7 +235,8 @@ def _title(log, workdir):
 
 def _stand_in(log):
   data = log.config.get('data', {})
-  return bool(data.get('procedural_images'))
+  found = any(row.get('stand_in') for row in log.tests)
+  return bool(data.get('procedural_images')) or found
 
 
 def _about(log):
@@ -263,6 +265,9 @@ def _notes(log):
       'this program in the layout of the data set, as a stand-in. The numbers on '
       'this page say how the method behaves, not how well it does on real data.</p>'
     )
+  kept = _constraint(log)
+  if kept is not None and not kept.holds:
+    notes += f'<p class="note"><b>Constraint not kept.</b> {escape(kept.words)}.</p>'
   if log.missing:
     items = ''.join(f'<li>{item}</li>' for item in log.missing)
     notes += (
@@ -270,6 +275,10 @@ def _notes(log):
       f'this page shows what there is.<ul>{items}</ul></div>'
     )
   return notes
+
+
+def _constraint(log):
+  return constraint((*log.train, *log.tests), log.config.get('sparsity', {}))
 
 
 def _lead(log):
@@ -289,6 +298,13 @@ def _lead(log):
     parts.append(f'<b>{share:.1%}</b> of the groups exactly zero')
   if weights is not None:
     parts.append(f'{weights:.1%} of the weights')
+  # Of the last state, which the groups are of too.
+  flops, left = (
+    log.tests[0].get(f'backbone_flops{end}') if log.tests else None
+    for end in ('', '_compact')
+  )
+  if flops and left < flops:
+    parts.append(f'backbone FLOPs ×{left / flops:.2f} without dead channels')
   return ' · '.join(parts)
 
 
@@ -376,6 +392,9 @@ def _body(log, figure) -> Iterable[str]:
   share = _last(log, 'group_sparsity')
   if values.size or dead or share:
     yield '<h2>Sparsity</h2>'
+  kept = _constraint(log)
+  if kept is not None and kept.holds:
+    yield f'<p>Constraint kept. {escape(kept.words)}.</p>'
   if np.isfinite(values).any() and _learned(log):
     yield figure(
       'coefficient',

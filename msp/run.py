@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import data
 from data.progress import progress_bar
-from msp import dataset, processes
+from msp import dataset, measure, objectives, processes
 from msp import groups as gr
 from msp.checkpoint import Checkpoints
 from msp.errors import UserError
@@ -240,6 +240,31 @@ class Run(NamedTuple):
 
     return evaluate_state
 
+  def outcome(self, state: TrainState) -> dict[str, Any]:
+    """What a finished run says of its network, besides metrics.
+
+    Args:
+      state: of its end.
+
+    Returns:
+      The items of `measure.backbone_costs`, without them if a dead layer cuts the
+      network; with a budget 'removed', the share of `sparsity.measure` that is gone;
+      and 'stand_in', True, if the pictures were drawn by a renderer.
+    """
+    model, objective = self.experiment.model, self.experiment.objective
+    arrays = jax.device_get((state.params, state.batch_stats))
+    found = {'stand_in': True} if self.splits.stand_in else {}
+    learned = self.config.sparsity.coefficient == 'learned'
+    if learned and objective.kind == 'budget':
+      removed = functools.partial(objectives.removed, objective, self.experiment.groups)
+      found['removed'] = float(self.once(removed)(arrays[0]))
+    try:
+      shape = (*self.config.data.image_size, 3)
+      return found | measure.backbone_costs(model, *arrays, shape)
+    except UserError as e:
+      logger.warning('what is left of the backbone cannot be counted: %s', e)
+      return found
+
 
 def open_run(
   config: ConfigDict,
@@ -292,7 +317,7 @@ def open_run(
       len(parts.hold_out),
       len(parts.hold_out) + len(parts.train),
     )
-  if config.data.procedural_images:
+  if parts.stand_in:
     logger.info('%s is a procedural stand-in, not real data', config.data.name)
   if processes.is_first() and _loose(config):
     logger.warning(

@@ -23,12 +23,14 @@ from msp import tasks as task_module
 from msp import workdir as workdir_module
 from msp.errors import UserError, one_line, words
 from msp.metrics import delta_m
+from msp.monitor import constraint
 
 logger = logging.getLogger(__name__)
 
 Tasks = Mapping[str, task_module.Task]
 
-DELTA_M, DEAD = 'Δm %', 'dead groups %'  # titles of columns
+# Titles of columns.
+DELTA_M, DEAD, ZERO, FLOPS = 'Δm %', 'dead groups %', 'zero weights %', 'FLOPs %'
 
 
 class Result(NamedTuple):
@@ -271,8 +273,9 @@ def table(
   """The numbers of a sweep.
 
   Test metrics of the last state: the primary one of every task, Δm against the runs in
-  `sweep.baselines` of the same seed, dead groups, λ/λ_max at the end, and how fast
-  the target was reached on the validation split.
+  `sweep.baselines` of the same seed, dead groups and zero weights (groups are counted
+  on the axis the prox used), the backbone's FLOPs once dead channels are removed,
+  λ/λ_max at the end, and how fast the target was reached on the validation split.
 
   Args:
     sweep: the sweep.
@@ -293,8 +296,13 @@ def table(
   if sweep.baselines:
     columns.append(Column(DELTA_M, 2))
     read.append(functools.partial(_delta_m, sweep, results))
-  columns += [Column(DEAD, 1), Column('λ/λ_max')]
-  read += [lambda r, _: 100 * r.test['group_sparsity'], _relative]
+  columns += [Column(DEAD, 1), Column(ZERO, 1), Column(FLOPS, 1), Column('λ/λ_max')]
+  read += [
+    lambda r, _: 100 * r.test['group_sparsity'],
+    lambda r, _: 100 * r.test['weight_sparsity'],
+    lambda r, _: _flops(r.test),
+    _relative,
+  ]
   if sweep.target.run:
     task = tasks[sweep.target.task]
     config = next(e.config for e in sweep.runs if e.name == sweep.target.run)
@@ -325,6 +333,13 @@ def _grids(sweep, names):
       found.append((value, entry.name))
   grids = [[name for _, name in sorted(g)] for g in grids.values() if len(g) > 2]
   return {f'{grid[0]} to {grid[-1]}': grid for grid in grids}
+
+
+def _flops(row):
+  """In % of the backbone's; None where they have not been counted."""
+  if 'backbone_flops' not in row:
+    return None
+  return 100 * row['backbone_flops_compact'] / row['backbone_flops']
 
 
 def _relative(result, _):
@@ -402,6 +417,34 @@ def _lines(columns, cells, results) -> Iterator[list[str]]:
     yield [name, str(seeds), *spreads]
 
 
+def _sheet(columns, cells, results):
+  """The table, and every other number of the test rows, as CSV."""
+  is_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
+  shown = {'step', *(column.title.partition(' ')[0] for column in columns)}
+  numbers = lambda row: {
+    k: v for k, v in row.items() if k not in shown and is_number(v)
+  }
+  tests = {
+    name: [numbers(result.test) for result in seeds.values()]
+    for name, seeds in results.items()
+  }
+  more = dict.fromkeys(key for rows in tests.values() for row in rows for key in row)
+  file = io.StringIO()
+  rows = csv.writer(file)
+  titles = [*(column.title for column in columns), *more]
+  rows.writerow(
+    ['run', *(f'{t} {what}' for t in titles for what in ('mean', 'std', 'n'))]
+  )
+  for name, values in cells.items():
+    details = [[row[key] for row in tests[name] if key in row] for key in more]
+    line = [name]
+    for v in (*values, *details):
+      std = np.std(v, ddof=1) if len(v) > 1 else ''
+      line += [np.mean(v) if v else '', std, len(v)]
+    rows.writerow(line)
+  return file.getvalue()
+
+
 def write(
   sweep: ConfigDict, results: Results, failures: Failures, workdir: Path
 ) -> Path:
@@ -425,31 +468,27 @@ def write(
     against = ', '.join(f'{task}: {run}' for task, run in sweep.baselines.items())
     text[-1] += f' Δm against the same seed of: {against}.'
   text += [f'\nFailed: {n}, seed {s}: {why}' for (n, s), why in failures.items()]
+  text += [f'\nConstraint not kept: {line}' for line in _not_kept(results)]
   content = '\n'.join(text) + '\n'
   workdir_module.write(workdir / 'table.md', content.encode())
-  sheet = io.StringIO()
-  rows = csv.writer(sheet)
-  titles = [f'{c.title} {what}' for c in columns for what in ('mean', 'std', 'n')]
-  rows.writerow(['run', *titles])
-  for name, values in cells.items():
-    statistics = [
-      x
-      for v in values
-      for x in (
-        (np.mean(v), np.std(v, ddof=1) if len(v) > 1 else '', len(v))
-        if v
-        else ('', '', 0)
-      )
-    ]
-    rows.writerow([name, *statistics])
-  workdir_module.write(workdir / 'table.csv', sheet.getvalue().encode())
-  return _write_page(sweep, results, failures, workdir, columns, cells, lines)
+  page = _write_page(sweep, results, failures, workdir, columns, cells, lines)
+  workdir_module.write(workdir / 'table.csv', _sheet(columns, cells, results).encode())
+  return page
+
+
+def _not_kept(results):
+  """A line for each run whose λ did not keep to its constraint."""
+  for name, seeds in results.items():
+    for seed, result in seeds.items():
+      kept = constraint(result.rows, result.config.sparsity)
+      if kept is not None and not kept.holds:
+        yield f'{name}, seed {seed}: {kept.words}'
 
 
 def _write_page(sweep, results, failures, workdir, columns, cells, lines):
   first = next(iter(next(iter(results.values())).values()))
   stand_in = any(
-    r.config.data.procedural_images
+    r.config.data.procedural_images or r.test.get('stand_in')
     for seeds in results.values()
     for r in seeds.values()
   )
@@ -463,6 +502,9 @@ def _write_page(sweep, results, failures, workdir, columns, cells, lines):
     notes += (
       f'<p class="note"><b>Failed:</b> {escape(name)}, seed {seed}: {escape(why)}</p>'
     )
+  if broken := list(_not_kept(results)):
+    items = ''.join(f'<li>{escape(line)}</li>' for line in broken)
+    notes += f'<div class="note"><b>Constraint not kept.</b><ul>{items}</ul></div>'
 
   def body(figure):
     rows = [('', [escape(cell) for cell in line]) for line in lines[1:]]

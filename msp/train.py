@@ -23,9 +23,9 @@ from msp.console import Bar, Clock, Interruption
 from msp.errors import UserError, words
 from msp.evaluate import make_predict
 from msp.experiment import begun
-from msp.monitor import Monitor, flatten, summary
+from msp.monitor import Monitor, constraint, flatten, summary
 from msp.run import open_run
-from msp.writer import MetricWriter, SilentWriter
+from msp.writer import METRICS, MetricWriter, SilentWriter, read
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def train(
           run, state, progress, feed, evaluate, checkpoints, writer
         )
       _finish(run, workdir, state, evaluate, checkpoints, writer)
-  processes.first_does(lambda: report.write(workdir))
+  processes.first_does(lambda: _conclude(workdir, config))
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   logger.info('peak memory of this process: %.1f GiB', peak)
   return report.path(workdir)
@@ -263,6 +263,7 @@ def _loop(run, state, progress, feed, evaluate, checkpoints, writer):
           progress = progress._replace(stopped=True)
           bar.say(f'stopping: no better score since step {since}')
       meta = {'data': feed.get_state(), 'progress': progress._asdict()}
+      meta['stand_in'] = run.splits.stand_in
       checkpoints.save(step, state, meta, score)
       if guarded:
         safe = step, _copy(_network(state))
@@ -308,9 +309,18 @@ def _finish(run, workdir, state, evaluate, checkpoints, writer):
       logger.warning('%s. The best state is left out', e)
   for split, one in rows.items():
     logger.info('evaluating the test split at step %d', one.step)
-    values = evaluate(one, run.splits.test)
+    values = evaluate(one, run.splits.test) | run.outcome(one)
     writer.write({'split': split, 'step': int(one.step), **values})
   processes.first_does(lambda: _write_last(run, workdir, state))
+
+
+def _conclude(workdir, config):
+  """Says whether the constraint has been kept, and writes the report."""
+  kept = constraint(read(workdir / METRICS), config.sparsity)
+  if kept is not None:
+    level = logging.INFO if kept.holds else logging.WARNING
+    logger.log(level, '%s%s', '' if kept.holds else 'constraint not kept. ', kept.words)
+  report.write(workdir)
 
 
 def _write_last(run, workdir, state):

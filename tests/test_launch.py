@@ -350,6 +350,14 @@ MISTAKES = [
     },
     'inside of living groups, and those do not settle; set sparsity.settle=0',
   ),
+  (
+    {
+      'sparsity.objective': 'budget',
+      'sparsity.measure': 'flops',
+      'sparsity.axis': 'weight',
+    },
+    'single zeros save no FLOPs, only channels do; set sparsity.measure=weights',
+  ),
   ({'sparsity.coefficient': 'frozen'}, 'frozen keeps the dead groups of config.init'),
   ({'meta.inner_steps': 0}, 'needs meta.inner_steps of at least 1'),
   ({'meta.inner_steps': -1}, 'meta.inner_steps is -1'),

@@ -7,6 +7,7 @@ import numpy as np
 from msp import measure
 from msp.models import multitask
 from msp.models.convolution import Conv
+from tests.networks import small_network
 
 
 class Backbone(nn.Module):
@@ -95,3 +96,27 @@ def test_the_table_has_medians_ratios_and_what_is_left_of_kernels():
     '| second | 16 → 4 | 8 → 8 | 128 → 32 |',
     '| stem | 3 → 3 | 16 → 4 | 432 → 108 |',
   ]
+
+
+def test_what_a_dead_input_channel_saves_by_hand():
+  model = small_network('basic', (1, 1, 1, 1))
+  shape = (16, 16, 3)
+  params, stats = multitask.init(model, jax.random.key(0), shape)
+  params = jax.tree.map(np.array, params)
+  before = measure.backbone_costs(model, params, stats, shape)
+  leaves = jax.tree.leaves(params['backbone'])
+  assert before['backbone_parameters'] == sum(x.size for x in leaves)
+  assert before['backbone_parameters_compact'] == before['backbone_parameters']
+  assert before['backbone_flops_compact'] == before['backbone_flops']
+  block = params['backbone']['layer4_0']
+  block['conv2']['kernel'][:, :, 1] = 0
+  after = measure.backbone_costs(model, params, stats, shape)
+  # Nobody else reads it: what writes it goes too, with its norm.
+  read, written = (block[name]['kernel'] for name in ('conv2', 'conv1'))
+  weights = read[:, :, 1].size + written[..., 1].size
+  lost = before['backbone_parameters'] - after['backbone_parameters_compact']
+  assert lost == weights + 2
+  # At a stride of 8, 16 × 16 pixels are 2 × 2 positions.
+  lost = before['backbone_flops'] - after['backbone_flops_compact']
+  assert lost == 2 * weights * 2 * 2
+  assert after['backbone_flops'] == before['backbone_flops']

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msp import groups as gr
-from msp.monitor import Monitor, flatten
+from msp.monitor import Monitor, constraint, flatten
 
 
 def test_a_network_that_becomes_its_twin_is_reported(caplog):
@@ -60,3 +60,42 @@ def test_what_was_all_but_dead_at_the_start_is_not_what_starved():
   assert not monitor.check(1, metrics | {'alive': [2, 32]})
   assert monitor.check(2, metrics | {'alive': [1, 32]})
   assert monitor.check(3, metrics | {'alive': [2, 2]})
+
+
+def test_whether_a_budget_was_met():
+  budget = {'coefficient': 'learned', 'objective': 'budget', 'target': 0.7}
+  budget |= {'measure': 'flops'}
+  end = lambda removed: [{'split': 'train'}, {'split': 'test', 'removed': removed}]
+  kept = constraint(end(0.712), budget)
+  assert kept == (True, 'budget: 71.2% of the flops are gone, 70.0% asked for')
+  assert constraint(end(0.68), budget).holds
+  assert not constraint(end(0.67), budget).holds
+  assert not constraint(end(0.73), budget).holds
+  # Not over, of a program that did not say, or nothing to keep to.
+  assert constraint([{'split': 'train'}], budget) is None
+  assert constraint([{'split': 'test'}], budget) is None
+  for sparsity in ({}, budget | {'coefficient': 'fixed'}, {'coefficient': 'learned'}):
+    assert constraint(end(0.7), sparsity) is None
+
+
+def test_whether_a_tolerance_was_kept():
+  tolerance = {'coefficient': 'learned', 'objective': 'tolerance'}
+  row = {'split': 'train', 'step': 5, 'violation': 1.0}
+  row |= {'gap/edges': 0.2, 'gap_allowed/edges': 0.1}
+  last = {'split': 'train', 'step': 10, 'violation': -0.5}
+  last |= {'gap/edges': np.log(1.05), 'gap_allowed/edges': np.log(1.1)}
+  last |= {'gap/depth': -0.1, 'gap_allowed/depth': 0.01}
+  after = [{'split': 'train', 'step': 15}, {'split': 'test', 'step': 20}]
+  kept = constraint([row, last, *after], tolerance)
+  assert kept.holds
+  # Of its allowed gap edges has used more.
+  assert kept.words == (
+    'tolerance: at step 10, the last that compared, the hold-out loss of edges was '
+    "5.0% above the twin's; up to 10.0% above are allowed"
+  )
+  broken = constraint([last, row | {'step': 11}, *after], tolerance)
+  assert not broken.holds
+  assert "of edges was 22.1% above the twin's; up to 10.5%" in broken.words
+  below = {'gap/edges': np.log(0.9), 'violation': -2.0}
+  assert 'edges was 10.0% below' in constraint([row | below], tolerance).words
+  assert constraint(after, tolerance) is None

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import math
 import re
 
 import matplotlib
@@ -238,6 +239,36 @@ def test_stand_in_says_so(tmp_path):
   text = check(tmp_path, ['losses'])
   assert 'celebamask_hq (procedural stand-in)' in text
   assert 'Not real data.' in text
+
+
+def test_a_stand_in_by_its_path_says_so(tmp_path):
+  make_run(tmp_path)
+  assert 'Not real data.' not in check(tmp_path, EVERY)
+  log = tmp_path / 'metrics.jsonl'
+  log.write_text(log.read_text().replace('"test",', '"test", "stand_in": true,'))
+  assert 'Not real data.' in check(tmp_path, EVERY)
+
+
+@pytest.mark.parametrize(('gap', 'said'), [(0.005, 'kept'), (0.02, 'not kept')])
+def test_whether_the_constraint_was_kept(tmp_path, gap, said):
+  make_run(tmp_path, 'tolerance')
+  log = tmp_path / 'metrics.jsonl'
+  violation = (gap - 0.01) / 0.01
+  text = log.read_text().replace('"violation": -0.5', f'"violation": {violation}')
+  log.write_text(text.replace(': -0.02', f': {gap}'))
+  config = configuration(sparsity={'coefficient': 'learned', 'objective': 'tolerance'})
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  page = check(tmp_path, [*EVERY, 'constraint'])
+  assert f'Constraint {said}.' in page
+  assert f'{math.expm1(gap):.1%} above the twin' in page
+
+
+def test_what_removal_would_save(tmp_path):
+  make_run(tmp_path)
+  log = tmp_path / 'metrics.jsonl'
+  costs = '"backbone_flops": 100, "backbone_flops_compact": 41,'
+  log.write_text(log.read_text().replace('"test",', f'"test", {costs}'))
+  assert 'backbone FLOPs ×0.41 without dead channels' in check(tmp_path, EVERY)
 
 
 def test_groups_of_single_weights_are_not_missed(tmp_path):

@@ -60,7 +60,11 @@ def write_log(folder, name, seed):
   test = {'split': 'test', 'step': 60, 'loss': 1.0}
   if final is not None:
     test['segmentation/miou'] = final
-  rows.append(test | {'group_sparsity': 0.5 if name == 'sparse' else 0.0})
+  dead = 0.5 if name == 'sparse' else 0.0
+  test |= {'group_sparsity': dead, 'weight_sparsity': dead / 2, 'alive_groups': {}}
+  rows.append(
+    test | {'backbone_flops': 800, 'backbone_flops_compact': 800 - 480 * dead}
+  )
   lines = ''.join(json.dumps(row) + '\n' for row in rows)
   (folder / 'report').mkdir(exist_ok=True)
   (folder / 'predictions.npz').touch()
@@ -102,10 +106,12 @@ def test_the_table(tmp_path, trained):
   head, rule, alone, sparse = text.splitlines()[:4]
   assert head.startswith('| run | seeds | segmentation/miou ↑ | Δm % | dead groups % |')
   assert rule == '|---' * head.count(' |') + '|'
-  assert alone.startswith('| alone | 2 | 0.450 ± 0.071 | 0.00 ± 0.00 | 0.0 ± 0.0 | – |')
+  assert alone.startswith(
+    '| alone | 2 | 0.450 ± 0.071 | 0.00 ± 0.00 | 0.0 ± 0.0 | 0.0 ± 0.0 | 100.0 ± 0.0'
+  )
   # +10 % and −25 % of the same seed's baseline.
   assert sparse.startswith(
-    '| sparse | 2 | 0.425 ± 0.177 | -7.50 ± 24.75 | 50.0 ± 0.0 |'
+    '| sparse | 2 | 0.425 ± 0.177 | -7.50 ± 24.75 | 50.0 ± 0.0 | 25.0 ± 0.0 | 70.0 ± '
   )
   # Seed 0 is at step 40 where its target ends at 60; seed 1 never is.
   assert sparse.endswith('| 0.250 ± 0.000 | 0.150 ± 0.071 | 40 (1 of 2) |')
@@ -113,6 +119,10 @@ def test_the_table(tmp_path, trained):
   row = cells(tmp_path / 'table.csv')['sparse']
   assert float(row['Δm % mean']) == pytest.approx(-7.5)
   assert float(row['segmentation/miou ↑ std']) == pytest.approx(0.25 / np.sqrt(2))
+  # Every number of the test rows, once.
+  assert float(row['backbone_flops_compact mean']) == 560
+  assert row['loss n'] == '2'
+  assert not {'step mean', 'alive_groups mean', 'segmentation/miou mean'} & row.keys()
   html = page.read_text()
   assert 'Not real data' in html
   names = {path.stem for path in page.parent.glob('*.png')}
@@ -387,7 +397,7 @@ def test_rows_with_and_without_inner_steps_settle_alike(option):
   made = importlib.import_module('configs.sweeps.meta_sparsity').get_config(option)
   sparse = [e.config.sparsity for e in made.runs]
   sparse = [s for s in sparse if s.coefficient in ('fixed', 'learned')]
-  assert len(sparse) == 7
+  assert len(sparse) == 9
   assert {s.settle for s in sparse} == {0.4}
 
 

@@ -243,6 +243,9 @@ def test_a_run_logs_every_number(finished):
     assert math.isfinite(row['score'])
     assert {'male/balanced_accuracy', 'loss/smiling', 'alive_groups'} <= row.keys()
   assert [row['step'] for row in by_split('test')] == [STEPS]
+  (last,) = by_split('test')
+  assert last['stand_in']
+  assert last['backbone_flops_compact'] == last['backbone_flops'] > 0  # none is dead
   timed = writer.read(finished[0] / 'metrics.jsonl')
   assert all(row['step_time'] > 0 for row in timed if row['split'] == 'train')
 
@@ -444,7 +447,9 @@ def scored(monkeypatch, scores, evaluate=running.evaluate):
     pytest.param('tolerance', 0.5, marks=pytest.mark.slow),
   ],
 )
-def test_a_run_settles_before_it_stops(faces, tmp_path, monkeypatch, objective, settle):
+def test_a_run_settles_before_it_stops(
+  faces, tmp_path, monkeypatch, caplog, objective, settle
+):
   scored(monkeypatch, [0.9, 0.8, 0.7, 0.2, 0.1, 0.1, 0.1, 0.1])
   overrides = {
     'sparsity.objective': objective,
@@ -454,11 +459,18 @@ def test_a_run_settles_before_it_stops(faces, tmp_path, monkeypatch, objective, 
     'train.patience': 2,
     'meta.inner_steps': 0,
   }
-  run(config(faces, **overrides), tmp_path)
+  with caplog.at_level(logging.INFO, logger='msp'):
+    run(config(faces, **overrides), tmp_path)
   validated = [row['step'] for row in rows(tmp_path) if row['split'] == 'val']
   assert validated == [2, 4, 6, 8, 10, 12]
-  splits = {row['split']: row['step'] for row in rows(tmp_path)}
-  assert splits['test_best'] == 8  # the best of those after step 6
+  splits = {row['split']: row for row in rows(tmp_path)}
+  assert splits['test_best']['step'] == 8  # the best of those after step 6
+  if objective == 'budget':  # of groups
+    assert splits['test']['removed'] == pytest.approx(splits['test']['group_sparsity'])
+  (told,) = (r for r in caplog.records if f'{objective}: ' in r.getMessage())
+  not_kept = told.getMessage().startswith('constraint not kept. ')
+  assert not_kept == (told.levelno == logging.WARNING)
+  assert not_kept or objective == 'tolerance'  # in twelve steps nothing has died
 
 
 def test_early_stopping_stops_and_stays_stopped(faces, tmp_path, monkeypatch):
@@ -668,12 +680,16 @@ def test_a_layer_at_its_floor_is_warned_of_once(faces, tmp_path, caplog, monkeyp
       trained.compact_run(c, tmp_path, jax.devices()[:1])
   assert not (tmp_path / 'compact').exists()
   # What has died is removed, and nothing else changes.
+  assert last['backbone_flops_compact'] < 0.5 * last['backbone_flops']
   page = trained.compact_run(c, tmp_path, jax.devices()[:1])
   assert page == tmp_path / 'compact' / 'compact.md'
   assert '| layer1_0/conv1 | 8 → 1 |' in page.read_text()
   content = json.loads((tmp_path / 'compact' / 'compact.json').read_text())
   assert content['step'] == 2
   assert content['difference'] < 1e-5
+  for name, end in (('dense', ''), ('compact', '_compact')):
+    flops = content['costs']['1'][name]['backbone_flops']
+    assert flops == last[f'backbone_flops{end}']
   for pair in content['costs'].values():
     assert pair['compact']['parameters'] < pair['dense']['parameters']
     assert pair['compact']['backbone_flops'] < 0.5 * pair['dense']['backbone_flops']
@@ -843,11 +859,10 @@ def test_a_budget_is_checked_by_one_program(faces, caplog):
   assert len(compiled(caplog)) == 1
 
 
-def test_a_fixed_coefficient_of_layers_without_a_gradient(faces):
-  """Heads of zeros let no gradient through to the backbone."""
-  overrides = {'coefficient': 'fixed', 'value': 1e-3, 'granularity': 'layer'}
-  overrides = {f'sparsity.{name}': value for name, value in overrides.items()}
-  c = config(faces, **overrides)
+def start_without(faces, prefix, **sparsity):
+  """The first state of a run with a λ a layer, the arrays under `prefix` zero."""
+  overrides = {'granularity': 'layer', **sparsity}
+  c = config(faces, **{f'sparsity.{name}': value for name, value in overrides.items()})
   experiment = build(c, data.labels(c.data.name))
   batch = {'image': jnp.ones((2, 16, 16, 3)), 'valid': jnp.ones(2, bool)}
   batch |= {task: jnp.zeros(2, jnp.int32) for task in c.tasks}
@@ -855,10 +870,30 @@ def test_a_fixed_coefficient_of_layers_without_a_gradient(faces):
   zeros = {
     path: np.zeros(leaf.shape, np.float32)
     for path, leaf in gr.by_path(shapes).items()
-    if path.startswith('heads/')
+    if path.startswith(prefix)
   }
-  state = jax.jit(experiment.init)(jax.random.key(0), batch, (zeros, {}))
+  return jax.jit(experiment.init)(jax.random.key(0), batch, (zeros, {}))
+
+
+def test_a_fixed_coefficient_of_layers_without_a_gradient(faces):
+  """Heads of zeros let no gradient through to the backbone."""
+  state = start_without(faces, 'heads/', coefficient='fixed', value=1e-3)
   np.testing.assert_allclose(jnp.exp(state.rho) * state.lambda_max, 1e-3, rtol=1e-6)
+
+
+def test_a_learned_coefficient_of_a_layer_without_a_gradient(faces):
+  """Behind a dead convolution nothing reaches the one before; λ must be able to."""
+  state = start_without(faces, 'backbone/layer1_0/conv2/kernel', start=0.1)
+  assert (state.lambda_max > 0).all()
+  assert (state.lambda_max == state.lambda_max.max()).sum() == 2
+  np.testing.assert_allclose(jnp.exp(state.rho), 0.1, rtol=1e-6)
+
+
+def test_rendered_pictures_by_their_path_are_a_stand_in_too(faces, tmp_path):
+  rendered, _ = dataset.folders(config(faces))
+  place = {'data.source': str(rendered), 'data.prepared': str(tmp_path / 'prepared')}
+  c = config(faces, **place, **{'data.procedural_images': 0})
+  assert running.open_run(c, jax.devices()[:1], None).splits.stand_in
 
 
 def test_a_dense_run_has_nothing_to_remove(finished, faces):

@@ -102,6 +102,16 @@ def parse(arg: str) -> Setting:
   return Setting(name, chosen, argument, tasks, chosen.more, fixed)
 
 
+def prefixed(arg: str, prefix: str) -> tuple[str, str]:
+  """Takes the option with a prefix out: what follows it ('' without), and the rest."""
+  parts = arg.split(',')
+  named = [part for part in parts if part.startswith(prefix)]
+  if len(named) > 1:
+    raise ValueError(f'only one of these can be chosen: {", ".join(named)}')
+  rest = ','.join(part for part in parts if part not in named)
+  return ''.join(named).removeprefix(prefix), rest
+
+
 def new(stem: str, arg: str) -> ConfigDict:
   """A sweep without runs; see `add`."""
   sweep = ConfigDict()

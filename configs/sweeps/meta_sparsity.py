@@ -2,7 +2,7 @@
 
   python launch.py --mode sweep --config configs/sweeps/meta_sparsity.py:nyu
   ... meta_sparsity.py:celeba
-On a stand-in or on CamVid, small (2 CPU cores, 3 minutes a run, 14 to 17 runs a seed):
+On a stand-in or on CamVid, small (2 CPU cores, 3 minutes a run, 17 to 20 runs a seed):
   ... meta_sparsity.py:nyu,procedural,tiny
   ... meta_sparsity.py:camvid,tiny --config.sources.camvid=/path/to/CamVid
 """
@@ -40,10 +40,14 @@ def get_config(arg: str = '') -> ConfigDict:
     ),
   ):
     base.add(sweep, name, config(), everything, changes)
+  # Two episodes a step: the subsets of seven tasks are 127.
+  two = {'meta.episodes': '2'}
   for name, config, changes in (
-    (f'{len(more)} tasks, multi-task', no_inner, {}),
-    # Two episodes a step: the subsets of seven tasks are 127.
-    (f'{len(more)} tasks, meta, learned λ', inner, {'meta.episodes': '2'}),
+    ('multi-task', no_inner, {}),
+    ('multi-task, fixed λ', no_inner, fixed),
+    ('meta', inner, base.NO_COEFFICIENT | two),
+    ('meta, fixed λ', inner, fixed | two),
+    ('meta, learned λ', inner, two),
   ):
-    base.add(sweep, name, config(), {'tasks': more}, changes)
+    base.add(sweep, f'{len(more)} tasks, {name}', config(), {'tasks': more}, changes)
   return sweep

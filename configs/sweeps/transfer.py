@@ -22,13 +22,10 @@ FROM = {'nyu': 'celeba', 'celeba': 'nyu', 'camvid': 'nyu'}
 def get_config(arg: str = '') -> ConfigDict:
   """Options: nyu, celeba or camvid; sparse, from_…; those of the configurations."""
   sweep = base.new('transfer', arg)
-  given = arg.split(',')
-  named = [part for part in given if part.startswith('from_')]
-  parts = [part for part in given if part not in ('sparse', *named)]
+  named, given = base.prefixed(arg, 'from_')
+  parts = [part for part in given.split(',') if part != 'sparse']
   target = base.parse(','.join(parts))
-  if len(named) > 1:
-    raise ValueError(f'a backbone is transferred from one data set: {", ".join(named)}')
-  (origin,) = [part.removeprefix('from_') for part in named] or [FROM[target.name]]
+  origin = named or FROM[target.name]
   options = {part for part in parts if part != target.name}
   # CamVid has no stand-in; where it is the target its source has.
   if target.name == 'camvid':
@@ -42,7 +39,7 @@ def get_config(arg: str = '') -> ConfigDict:
     words = 'multi-task' if multi else 'single-task', 'meta' if meta else ''
     name = ', '.join(filter(None, (prefix, *words)))
     tasks = setting.tasks if multi else setting.tasks[:1]
-    changes = base.LEARNED if 'sparse' in given else base.NO_COEFFICIENT
+    changes = base.LEARNED if 'sparse' in given.split(',') else base.NO_COEFFICIENT
     config = setting.meta() if meta else setting.multitask()
     base.add(sweep, name, config, {'tasks': tasks}, changes, start=start)
     return name
