@@ -159,7 +159,8 @@ def train_iterator(
   """Endless shuffled batches; position can be saved and restored exactly.
 
   Every epoch is a new permutation of the source; batches run on over the end of
-  an epoch, so none is short and no image is left out. The global batch, its
+  an epoch, so none is short and no image is left out (there, and where the source is
+  smaller than a batch, one can hold an image twice). The global batch, its
   order and its flips do not depend on the number of processes.
 
   Args:

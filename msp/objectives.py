@@ -276,7 +276,10 @@ def removed(objective: Objective, groups: gr.Groups, params: PyTree) -> jax.Arra
   """The share that is gone: of groups, of weights, or of FLOPs.
 
   The FLOPs of a convolution are 2 · (non-zero kernel entries by group) · positions; of
-  coupled groups those between input and output channels that are both alive.
+  coupled groups those between input and output channels that are both alive, as after
+  `msp.compact`. By other groups compaction removes more (an input channel that no one
+  else reads goes with what writes it) or less (an output channel whose norm has a bias
+  stays).
 
   Args:
     objective: with `measure`, and `positions` for FLOPs.
