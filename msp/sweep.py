@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Tasks = Mapping[str, task_module.Task]
 
 # Titles of columns.
-DELTA_M, DEAD, ZERO, FLOPS = 'Δm %', 'dead groups %', 'zero weights %', 'FLOPs %'
+DELTA_M, DEAD, ZERO, FLOPS = 'Δm %', 'dead groups %', 'zero weights %', 'FLOPs left %'
 
 
 class Result(NamedTuple):
