@@ -119,6 +119,8 @@ def main(argv: list[str]) -> None:
       path = dataset.prepare(config, skip_corrupt=skip)
       print(f'prepared: {path}\nlook at it: {dataset.contact_sheet(config)}')
     elif _MODE.value == 'report':
+      if _CONFIG.value is not None:
+        workdir_module.check(workdir, config)
       print(f'report: {report.write(workdir)}')
     elif _MODE.value == 'compact':
       path = trained.compact_run(config, workdir, skip_corrupt=skip)
@@ -162,6 +164,10 @@ def main(argv: list[str]) -> None:
     os._exit(128 + signal.SIGINT)
 
 
+# Files whose frames do not tell a user where the mistake is.
+_LIBRARY = re.compile(r'[/\\](ml_collections|absl)[/\\]|[/\\]launch\.py$|^<frozen ')
+
+
 def _parse(argv: list[str]) -> list[str]:
   """Parses flags; a mistyped one, or a mistyped field, ends in one line."""
   try:
@@ -174,29 +180,37 @@ def _parse(argv: list[str]) -> list[str]:
       sys.exit('error: no --config; for example --config configs/celeba_meta.py')
     return rest
   except OSError as e:
-    sys.exit(f'error: cannot read the file after --config: {str(e).splitlines()[-1]}')
+    text = ' '.join(str(e).splitlines()[-1].split())
+    sys.exit(f'error: cannot read the file after --config: {text}')
   except SyntaxError as e:
     sys.exit(f'error: {e.filename}, line {e.lineno}: {e.msg}')
   except Exception as e:  # a configuration file may raise anything
-    text = str(e).strip() or type(e).__name__
-    if 'Traceback (most recent call last)' in text:  # of the configuration file
-      text = text.splitlines()[-1].partition(': ')[2]
-    elif "no attribute 'get_config'" in text:
-      text = 'the file after --config has no function get_config'
+    cause = e
+    while 'Traceback (most recent call last)' in str(cause) and cause.__context__:
+      cause = cause.__context__
+    text = str(cause).strip() or type(cause).__name__
+    text = text.partition('. Currently supported types')[0]
+    frames = traceback.extract_tb(cause.__traceback__)
+    own = [frame for frame in frames if not _LIBRARY.search(frame.filename)]
+    place = ''
+    # What a file says by a ValueError, such as of its options, is for its user.
+    if own and not isinstance(cause, ValueError | flags.Error):
+      place = f'{own[-1].filename}, line {own[-1].lineno}: '
+    close = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
+    if "no attribute 'get_config'" in text:
+      place, text = '', 'the file after --config has no function get_config'
     elif isinstance(e, flags.UnrecognizedFlagError) and e.flagname[:7] == 'config.':
       text += '; it changes a field of the file after --config, and none is given'
-    elif not isinstance(e, LookupError | AttributeError | ValueError | flags.Error):
-      where = traceback.extract_tb(e.__traceback__)[-1]
-      name = '' if isinstance(e, ImportError | NameError) else f'{type(e).__name__}: '
-      text = f'{where.filename}, line {where.lineno}: {name}{text}'
-    elif isinstance(e, LookupError | AttributeError):
-      close = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', text)
+    elif close:
+      text = f'the configuration has no field {close[2]!r}; did you mean {close[1]!r}?'
+    elif place and not isinstance(cause, ImportError | NameError):
+      text = f'{type(cause).__name__}: {text}'
+    elif isinstance(cause, LookupError | AttributeError):
       text = (
-        f'the configuration has no field {close[2]!r}; did you mean {close[1]!r}?'
-        if close
-        else f'the configuration has no such field: {text}'
+        f'the configuration has no such field: {text}; a flag changes what the file '
+        f'has, and adds nothing'
       )
-    sys.exit(f'error: {" ".join(text.split())}')
+    sys.exit(f'error: {place}{" ".join(text.split())}')
 
 
 if __name__ == '__main__':

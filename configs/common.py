@@ -24,7 +24,8 @@ def base() -> ConfigDict:
   config.seed = 0
   config.tasks = ('segmentation',)
   # Weights to begin with, see msp.initial: a folder that --mode compact wrote, another
-  # run's work directory, a PyTorch ResNet-D as .safetensors or .npz.
+  # run's work directory, a PyTorch ResNet-D as .safetensors or .npz. The backbone's
+  # widths are theirs, whatever model.width says.
   config.initial = ''
 
   config.data = ConfigDict()

@@ -1,6 +1,6 @@
 """λ learned for a model and a training loop of your own, in 20 seconds on a CPU.
 
-  python examples/own_model.py
+  python -m examples.own_model
 
 A network of two layers for 20 inputs, of which four matter, and 96 examples. λ follows
 the derivative of the hold-out loss through 20 steps of training, again and again.

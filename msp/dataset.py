@@ -12,6 +12,8 @@ from msp import tasks as task_module
 from msp import workdir as workdir_module
 from msp.errors import UserError, refuse_url
 
+FEWEST = 20  # rendered pictures, so that no split is empty
+
 
 def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
   """Brings the data set into its prepared form, once; checks its settings first.
@@ -47,8 +49,27 @@ def check(config: ConfigDict) -> None:
     )
   for field in ('source', 'prepared'):
     refuse_url(f'data.{field}', config.data[field])
+  if not config.data.source:
+    raise UserError('data.source is empty; name the folder with the published files')
   if not config.data.prepared:
     raise UserError('data.prepared is empty; name a folder for the prepared copies')
+  number = config.data.procedural_images
+  if number and number < FEWEST:
+    raise UserError(
+      f'data.procedural_images is {number}; train, val and test take at least {FEWEST} '
+      f'(0: none are rendered, data.source is real)'
+    )
+
+
+def check_source(config: ConfigDict) -> None:
+  """Raises UserError if there is no folder to read the pictures from."""
+  source, prepared = folders(config)
+  stored = source.is_dir() or (prepared / config.data.name).is_dir()
+  if not config.data.procedural_images and not stored:
+    raise UserError(
+      f'no folder {source}, and no copy of it in {prepared}; set data.source (of a '
+      f'sweep sources.{config.data.name}) to where the files of the data set are'
+    )
 
 
 def contact_sheet(config: ConfigDict) -> Path:

@@ -35,6 +35,7 @@ RANGES = {
   'data.hold_out': (0, 1, '[)'),
   'data.train_share': (0, 1, '(]'),
   'meta.inner_steps': (0, math.inf, '[)'),
+  'model.width': (1 / 32, 32, '[]'),  # below, every layer has four channels
   'sparsity.min_alive': (0, math.inf, '[)'),
   'sparsity.rise': (0, 1, '[]'),
   'sparsity.search': (0, 1, '[)'),
@@ -440,6 +441,8 @@ def check_ranges(config: ConfigDict) -> None:
       if upper == math.inf:
         interval = f'at least {lower}' if ends[0] == '[' else f'above {lower}'
       raise UserError(f'{field} is {value}; it has to be {interval}')
+  if not config.name:
+    raise UserError('name is empty; a run is kept in runs/<name>')
   missing = config.data.missing
   if not 0 <= missing < 1 or (missing and len(config.tasks) < 2):
     raise UserError(

@@ -96,7 +96,8 @@ class Monitor:
       at_floor = alive <= self._min_alive < total
       starving = at_floor or alive <= self._enough * total
       starved += starving and alive < at_start
-      if not at_floor or layer in self._warned:
+      # Nor is a floor that it came with.
+      if not at_floor or alive >= at_start or layer in self._warned:
         continue
       self._warned.add(layer)
       logger.warning(

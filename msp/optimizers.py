@@ -114,6 +114,17 @@ def penalty(name: str, options: Mapping[str, float], where: str) -> Penalty:
     raise UserError(
       f'{where}: {name!r} returned a {type(made).__name__}, not an msp.Penalty'
     )
+  x, lam = jax.ShapeDtypeStruct((3, 2), jnp.float32), jnp.ones(())
+  try:  # as msp.transforms calls them
+    plain = jax.eval_shape(lambda x: made.prox(x, 0.1, lam, 0), x)
+    tree = jax.eval_shape(lambda x: made.prox_weighted([x], [x], 0.1, [lam], 0), x)
+    if [plain.shape, *(leaf.shape for leaf in tree)] != [x.shape] * 2:
+      raise ValueError('the result has to have the shape of its argument')
+  except Exception as e:
+    raise UserError(
+      f'{where}: {name} is no penalty of (x, α, λ, axis) -> z and, in a metric, '
+      f'([x], [metric], α, [λ], axis) -> [z], see msp.Penalty: {own_words(e)}'
+    ) from None
   return made
 
 

@@ -149,7 +149,8 @@ def main() -> None:
   parser.add_argument('pictures', type=Path, help='folder of pictures')
   parser.add_argument('target', type=Path, help='folder for the predictions')
   arguments = parser.parse_args()
-  logging.basicConfig(format='%(message)s', level=logging.INFO)
+  # Libraries may have set up logging of their own.
+  logging.basicConfig(format='%(message)s', level=logging.INFO, force=True)
   logging.getLogger('jax').setLevel(logging.WARNING)
   try:
     count, skipped = predict_folder(**vars(arguments))

@@ -322,13 +322,14 @@ def _coefficient_in_words(log):
   if not _learned(log):
     of = f' ({_number(relative[-1])} λ<sub>max</sub>)' if relative.size else ''
     return f'λ fixed at <b>{_number(values[-1])}</b>{of}'
-  of = (
-    f' ({_number(relative[0])} → {_number(relative[-1])} λ<sub>max</sub>)'
-    if relative.size
-    else ''
-  )
+  first, of = values[0], ''
+  if relative.size:
+    # The first row is not of the first step.
+    start = log.config.get('sparsity', {}).get('start', relative[0])
+    first *= start / relative[0]
+    of = f' ({_number(start)} → {_number(relative[-1])} λ<sub>max</sub>)'
   mean = 'mean ' if _coefficient_layers(log) else ''
-  return f'{mean}λ learned from <b>{_number(values[0])} → {_number(values[-1])}</b>{of}'
+  return f'{mean}λ learned from <b>{_number(first)} → {_number(values[-1])}</b>{of}'
 
 
 def _learned(log):

@@ -361,5 +361,6 @@ def _check_batch(config, devices):
   if size < 1 or size % least:
     raise UserError(
       f'train.batch_size={size} is too small or does not divide for '
-      f'{" + ".join(parts)} on {devices} device(s): use a multiple of {least}'
+      f'{" + ".join(parts)} on {devices} device(s): use a multiple of {least}, '
+      f'{least} or more'
     )

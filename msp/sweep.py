@@ -22,6 +22,7 @@ from msp import dataset, figures, report, train, writer
 from msp import tasks as task_module
 from msp import workdir as workdir_module
 from msp.errors import UserError, one_line, words
+from msp.experiment import check_ranges
 from msp.metrics import delta_m
 from msp.monitor import constraint
 
@@ -74,6 +75,8 @@ def run(sweep: ConfigDict, workdir: Path, *, skip_corrupt: bool = False) -> Path
     UserError: an impossible sweep; or runs have failed, after all is written.
   """
   check(sweep)
+  for entry in sweep.runs:  # or every run would fail of it
+    dataset.check_source(configuration(sweep, entry, sweep.seeds[0], workdir))
   workdir_module.claim_for_sweep(workdir, sweep.name)
   with workdir_module.exclusive(workdir):
     return _run_all(sweep, workdir, skip_corrupt)
@@ -81,7 +84,8 @@ def run(sweep: ConfigDict, workdir: Path, *, skip_corrupt: bool = False) -> Path
 
 def _run_all(sweep, workdir, skip_corrupt):
   # Runs that differ in numbers only share their compiled programs.
-  jax.config.update('jax_compilation_cache_dir', str(workdir / 'compiled'))
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update('jax_compilation_cache_dir', str(workdir / 'compiled'))
   results: dict[str, dict[int, Result]] = {}
   failures: dict[tuple[str, int], str] = {}
   runs = {entry.name: entry for entry in sweep.runs}
@@ -131,10 +135,20 @@ def check(sweep: ConfigDict) -> None:
   if len(set(sweep.seeds)) < len(sweep.seeds):
     raise UserError(f'sweep {sweep.name} has a seed twice: {sweep.seeds}')
   for entry in sweep.runs:
+    config = configuration(sweep, entry, sweep.seeds[0], Path())
     try:
-      dataset.make_tasks(entry.config)
+      dataset.make_tasks(config)
+      dataset.check(config)
+      check_ranges(config)
     except (UserError, data.DataError) as e:
       raise UserError(f'run {entry.name!r} of sweep {sweep.name}: {e}') from None
+  read = {e.config.data.name for e in sweep.runs if not e.config.data.procedural_images}
+  for name, source in sweep.sources.items():
+    if source and name not in read:
+      raise UserError(
+        f'sources.{name} is {source}, and no run of sweep {sweep.name} reads it: leave '
+        f'it out, or the option procedural'
+      )
   if len({_slug(name) for name in names}) < len(names):
     raise UserError(f'two runs of sweep {sweep.name} would have one work directory')
   for position, entry in enumerate(sweep.runs):

@@ -73,9 +73,11 @@ def configuration(workdir: Path) -> ConfigDict:
   path = workdir / 'config.json'
   try:
     return _as_config(json.loads(path.read_text()))
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
+    what = 'a sweep, not a run' if (workdir / SWEEP).exists() else 'no run'
     raise UserError(
-      f'no {path}: name the directory of a run with --workdir, or its --config'
+      f'no {path}: {workdir} is {what}; name the directory of a run with --workdir, or '
+      f'its --config'
     ) from None
   except (OSError, ValueError, TypeError) as e:
     raise UserError(f'cannot read {path}: {e}; name its --config') from None

@@ -352,6 +352,20 @@ def change(made, i, **values):
     ),
     (lambda s: s.update(steps=-1), 'steps of sweep trial is -1; .* at least 1, or 0'),
     (lambda s: s.runs.clear(), 'trial has no runs'),
+    (
+      lambda s: s.runs[1].config.train.update(steps=-3),
+      "run 'sparse' of sweep trial: train.steps is -3; it has to be at least 1",
+    ),
+    (
+      lambda s: s.sources.update(camvid='/x'),
+      'sources.camvid is /x, and no run of sweep trial reads it',
+    ),
+    (
+      lambda s: s.runs[1].config.data.update(
+        procedural_images=0, source='/nowhere', prepared='/no'
+      ),
+      'no folder /nowhere, and no copy of it in /no; .* sources.celebamask_hq',
+    ),
     (lambda s: change(s, 0, start='sparse'), "starts from 'sparse'.* not a run before"),
     (lambda s: change(s, 1, name='alone'), 'two runs .* one work directory'),
     (lambda s: s.baselines.update(segmentation='x'), "'x', named for segmentation"),
