@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -235,7 +236,7 @@ def _fold_model(model):
 def _without(tree, name):
   """A nested dict without the entries of one name."""
   return {
-    key: _without(value, name) if isinstance(value, dict) else value
+    key: _without(value, name) if isinstance(value, Mapping) else value
     for key, value in tree.items()
     if key != name
   }
@@ -286,7 +287,8 @@ def write(folder: Path, result: Compact) -> None:
   """
   shape = result.model.backbone.shape
   arrays = {
-    f'{kind}/{path}': np.asarray(leaf)
+    # NumPy's files have no bfloat16.
+    f'{kind}/{path}': np.asarray(leaf, np.promote_types(leaf.dtype, np.float32))
     for kind, tree in (('params', result.params), ('batch_stats', result.batch_stats))
     for path, leaf in gr.by_path(tree).items()
   }

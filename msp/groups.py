@@ -358,7 +358,7 @@ def norms(x: jax.Array, axis: int | None) -> jax.Array:
   # In float16 squares of weights as small as 1e-4 would be 0, sums of 1000 of 10 ∞.
   wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   squares = jnp.sum(jnp.square(wide), axis=other_axes(x, axis))
-  alive = squares > 0
+  alive = squares != 0  # a NaN is not dead
   return jnp.where(alive, jnp.sqrt(jnp.where(alive, squares, 1)), 0).astype(x.dtype)
 
 
@@ -451,6 +451,9 @@ def remove(groups: Groups, params: PyTree, keep: Mapping[str, jax.Array]) -> PyT
       # A kernel is in two streams: the second finds what the first has left of it.
       matrix = jnp.where(keep[layer][:, None], gather(members, changed), 0)
       changed = scatter(members, matrix, changed)
+    # Members of several types are one matrix of the widest.
+    own = by_path(params)
+    changed = {path: x.astype(own[path].dtype) for path, x in changed.items()}
   else:
     changed = {
       layer: jnp.where(expand(keep[layer], x, groups.array_axis), x, 0)

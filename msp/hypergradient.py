@@ -416,4 +416,4 @@ def _columns(column, items):
 def _products(gradient, columns, rho):
   """⟨gradient, column⟩ of every column, shape of ρ."""
   product = lambda column: optax.tree.vdot(gradient, column)
-  return jax.vmap(product)(columns).reshape(rho.shape)
+  return jax.vmap(product)(columns).reshape(rho.shape).astype(rho.dtype)

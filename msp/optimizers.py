@@ -210,7 +210,9 @@ def with_prox(
     step = learning_rate
     for entry in entries:
       of = 'decay' if entry['name'] == 'trace' else 'momentum'
-      step = _whole_step(step, entry.get(of), where)
+      given = {k: v for k, v in entry.items() if k != 'name'}
+      values = _arguments(_find(entry['name'], where), given)
+      step = _whole_step(step, values.get(of), where)
     proximal = transforms.proximal(penalty, groups, step, min_alive=min_alive)
     return optax.chain(chain, proximal)
   options = {k: v for k, v in last.items() if k not in ('name', 'learning_rate')}

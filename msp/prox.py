@@ -135,7 +135,8 @@ def _group_lasso_weighted(problems, axis):
     # Untouched at t = 0, but not without a derivative in t.
     stop = jax.lax.stop_gradient
     z = jnp.where(~(t <= 0), z, stop(x) + (z - stop(z)))
-    return jnp.where(survives, z, jnp.where(t > 0, 0, x))
+    # Not a number stays one: a 0 would pass for a dead group.
+    return jnp.where(survives, z, jnp.where((t > 0) & (x == x), 0, x))
 
   return list(map(finish, kernels, t, survives, *safe, roots))
 

@@ -67,9 +67,9 @@ def proximal(
     learning_rate: α, the step size of the optimiser before it, or a schedule. Of SGD
       with momentum μ, which repeats a gradient in later steps, α/(1 − μ).
     sparsity: λ, or a schedule of it, where `update` is not given one.
-    min_alive: the strongest `min_alive` groups of each layer are shrunk, but
-      never below a root mean square weight of 1e-3. None: all may die. One of
-      `static_args` to `optax.inject_hyperparams`.
+    min_alive: the strongest `min_alive` groups of each layer (of some that tie, all)
+      are shrunk, but never below a root mean square weight of 1e-3. None: all may die.
+      One of `static_args` to `optax.inject_hyperparams`.
 
   Returns:
     A transform whose `update` needs `params`, and takes the keyword `sparsity`: λ,
@@ -203,6 +203,8 @@ def adaptive_proximal(
     count = moment.count if 'count' in moment._fields else None
     if count is None:
       changed = jax.tree.map(lambda a, b: jnp.any(a != b), before.nu, moment.nu)
+      # Of a gradient that stays the same, so does the mean of its squares in the end.
+      changed = changed, jax.tree.map(lambda u: jnp.any(u != 0), updates)
       moved = jnp.any(jnp.stack(jax.tree.leaves(changed)))
     else:
       moved = count > before.count

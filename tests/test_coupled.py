@@ -289,3 +289,17 @@ def test_flops_between_channels_that_are_alive():
   np.testing.assert_allclose(
     objectives.removed(o, found, params), 1 - left / total, rtol=1e-6
   )
+
+
+def test_removing_keeps_the_types_of_kernels_and_norms():
+  model, init = network('basic', (1, 1, 1, 1))
+  params, _ = jax.eval_shape(init, jax.random.key(0))
+  params = jax.tree.map(
+    lambda x: jnp.ones(x.shape, jnp.bfloat16 if x.ndim > 1 else jnp.float32), params
+  )
+  found = gr.find(params, axis='coupled', streams=multitask.streams(model))
+  keep = {layer: jnp.arange(m.size) > 0 for layer, m in gr.alive(found, params).items()}
+  removed = gr.remove(found, params, keep)
+  types = lambda tree: jax.tree.map(lambda x: x.dtype, tree)
+  assert types(removed) == types(params)
+  assert not gr.alive(found, removed)[found.layers[0]][0]

@@ -64,6 +64,26 @@ def test_a_coefficient_is_that_of_loss_plus_penalty(entry, scale):
   np.testing.assert_allclose(settled_at(entry, scale=scale), 1 - 0.3 / scale, atol=5e-3)
 
 
+def test_a_momentum_that_is_not_written_out():
+  """That of lars is 0.9 if not said otherwise."""
+
+  def step(entry):
+    params = {'kernel': jnp.ones((1, 1))}
+    tx = optimizers.with_prox(
+      [{'name': 'lars', 'learning_rate': 0.1, 'weight_decay': 0.0, **entry}],
+      'optimizer',
+      get_penalty('group_lasso'),
+      gr.find(params, '.*kernel'),
+      coefficient='fixed',
+      metric='euclidean',
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return tx.update(zeros, tx.init(params), params, sparsity=0.1)[0]['kernel']
+
+  np.testing.assert_allclose(step({}), -0.1, rtol=1e-5)
+  np.testing.assert_allclose(step({}), step({'momentum': 0.9}))
+
+
 def test_momentum_as_a_transform_of_its_own():
   trace = {'name': 'trace', 'decay': 0.9}
   np.testing.assert_allclose(settled_at(trace, {'name': 'sgd'}), 0.7, atol=5e-3)

@@ -558,3 +558,17 @@ def test_l1_takes_thresholds_of_the_kernel_s_shape():
   for axis in (None, -2):
     want = np.sign(x) * np.maximum(np.abs(x) - t / metric, 0)
     np.testing.assert_allclose(prox.l1_weighted(x, metric, t, axis), want, atol=1e-12)
+
+
+@pytest.mark.parametrize('name', sorted(prox.PENALTIES))
+@pytest.mark.parametrize('weighted', [False, True])
+def test_a_weight_that_is_not_a_number_is_no_dead_group(name, weighted):
+  """A step that has diverged must not pass for one that has made zeros."""
+  penalty, x = prox.get_penalty(name), jnp.ones((3, 4, 2)).at[0, 1, 0].set(jnp.nan)
+  lam = jnp.float32(0.3)
+  if weighted:
+    got = penalty.prox_weighted({'a': x}, {'a': 2 + 0 * x}, 0.1, {'a': lam}, -2)['a']
+  else:
+    got = penalty.prox(x, 0.1, lam, -2)
+  assert jnp.isnan(got[0, 1, 0])
+  assert jnp.isfinite(got[:, [0, 2, 3]]).all()  # the other groups are themselves

@@ -291,6 +291,23 @@ def test_adaptive_proximal_in_half_precision(penalty):
     np.testing.assert_allclose(x.astype(jnp.float32), want[layer], atol=0.06)
 
 
+def test_a_step_of_a_gradient_that_stays_the_same_has_its_prox():
+  """RMSProp counts no steps, and its mean of squares comes to rest."""
+  params = {'backbone': {'c': {'kernel': jnp.full((1, 1, 2, 2), 0.5)}}}
+  grads = jax.tree.map(jnp.ones_like, params)
+  tx = msp.adaptive_proximal(optax.rmsprop, 'group_lasso', gr.find(params), 1e-3)
+
+  def step(state, _):
+    updates, state = tx.update(grads, state, params, sparsity=1.0)
+    return state, updates['backbone']['c']['kernel'][0, 0, 0, 0]
+
+  state, updates = jax.lax.scan(step, tx.init(params), length=400)
+  assert state.count == 400
+  nu = state.inner_state[0].nu['backbone']['c']['kernel']
+  assert (0.9 * nu + jnp.float32(0.1) == nu).all()  # at rest, or this says nothing
+  assert updates[-1] < -1.5e-3  # the step alone is -1e-3
+
+
 @pytest.mark.parametrize('optimizer', [optax.adam, optax.rmsprop])
 def test_no_step_no_prox(optimizer):
   params = make_params()
