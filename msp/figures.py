@@ -16,6 +16,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from msp.losses import MAX_DEPTH
 
 PICTURES = 6  # of a batch, in a report or on a sheet
+PANELS = 4  # beside one another
 
 # Okabe and Ito's palette: told apart with every common colour vision.
 BLUE, ORANGE, GREEN, PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
@@ -424,24 +425,44 @@ def tradeoff(
 
 
 def trajectories(
-  curves: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
+  curves: Mapping[str, Mapping[int, tuple[np.ndarray, np.ndarray]]],
   title: str,
   *,
   log: bool = False,
+  panels: bool = False,
 ) -> Figure:
-  """(steps, values) over time: a colour for each run, a line for each seed."""
+  """(steps, values) over time: a colour for each run, a line for each seed.
+
+  Args:
+    curves: run -> seed -> steps and values.
+    title: of the values.
+    log: whether their axis is logarithmic.
+    panels: whether seeds are drawn beside one another, if there are 2 to `PANELS`.
+  """
+  seeds = sorted({seed for by_seed in curves.values() for seed in by_seed})
+  several = panels and 1 < len(seeds) <= PANELS
+  parts = [[seed] for seed in seeds] if several else [seeds]
   figure = Figure(figsize=(WIDTH, 3.2), layout='constrained')
-  axes = figure.subplots()
+  grid = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
   styles = itertools.cycle(itertools.product(('-', '--', ':'), COLORS))
-  for (name, seeds), (dash, color) in zip(curves.items(), styles, strict=False):
-    for i, (steps, values) in enumerate(seeds):
-      label = name if i == 0 else None
-      _line(axes, steps, values, color=color, linestyle=dash, label=label, linewidth=1)
-  if log:
-    axes.set_yscale('log')
-  axes.set_title(title)
-  axes.legend(fontsize=7, loc='center left', bbox_to_anchor=(1.01, 0.5))
-  _step_axis(axes)
+  handles = []
+  for (name, by_seed), (dash, color) in zip(curves.items(), styles, strict=False):
+    handles.append(Line2D([], [], color=color, linestyle=dash, label=name, linewidth=1))
+    for axes, part in zip(grid, parts, strict=True):
+      for seed in part:
+        if seed in by_seed:
+          steps, values = by_seed[seed]
+          _line(axes, steps, values, color=color, linestyle=dash, linewidth=1)
+  for axes, part in zip(grid, parts, strict=True):
+    if log:
+      axes.set_yscale('log')
+    axes.set_title(f'seed {part[0]}' if several else title)
+    _step_axis(axes)
+  if several:
+    grid[0].set_ylabel(title)
+  grid[-1].legend(
+    handles=handles, fontsize=7, loc='center left', bbox_to_anchor=(1.01, 0.5)
+  )
   return figure
 
 

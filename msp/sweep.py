@@ -499,6 +499,15 @@ def _not_kept(results):
         yield f'{name}, seed {seed}: {kept.words}'
 
 
+def _coefficient(result):
+  """Steps and λ/λ_max of a run, from its start: the first row is of a later step."""
+  steps, values = result.series('train', 'lambda_relative')
+  if result.config.sparsity.coefficient == 'learned':
+    start = result.config.sparsity.start
+    steps, values = np.append(0, steps), np.append(start, values)
+  return steps, values
+
+
 def _write_page(sweep, results, failures, workdir, columns, cells, lines):
   first = next(iter(next(iter(results.values())).values()))
   stand_in = any(
@@ -543,24 +552,25 @@ def _write_page(sweep, results, failures, workdir, columns, cells, lines):
         'runs that differ in their fixed λ alone are one line.',
       )
     learned = {
-      name: [r.series('train', 'lambda_relative') for r in seeds.values()]
+      name: {seed: _coefficient(r) for seed, r in seeds.items()}
       for name, seeds in results.items()
       if any('lambda_relative' in row for r in seeds.values() for row in r.rows)
     }
     if learned:
       yield figure(
         'coefficient',
-        figures.trajectories(learned, 'λ / λ$_{max}$', log=True),
-        'The coefficient over time, a line for each seed.',
+        figures.trajectories(learned, 'λ / λ$_{max}$', log=True, panels=True),
+        'The coefficient over time.',
       )
     for name, task in tasks_of(sweep).items():
       key = f'{name}/{task.primary}'
       curves = {
-        name: [r.series('val', key) for r in seeds.values()]
+        name: {seed: r.series('val', key) for seed, r in seeds.items()}
         for name, seeds in results.items()
       }
       # A task that a run lacks, or that no picture of the split has an example of.
-      curves = {n: c for n, c in curves.items() if any(steps.size for steps, _ in c)}
+      drawn = lambda by_seed: any(steps.size for steps, _ in by_seed.values())
+      curves = {name: by_seed for name, by_seed in curves.items() if drawn(by_seed)}
       if not curves:
         continue
       yield figure(

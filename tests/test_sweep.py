@@ -14,7 +14,7 @@ import data
 from benchmarks import baselines, learned_lambda
 from configs.sweeps import base
 from data import DataError
-from msp import experiment, objectives, sweep, train, workdir
+from msp import experiment, figures, objectives, sweep, train, workdir
 from msp.errors import UserError
 
 FILES = ('less_is_more', 'meta_sparsity', 'missing_labels', 'transfer', 'unseen_tasks')
@@ -488,3 +488,25 @@ def test_the_sweeps_are_those_of_the_papers():
   assert max(len(c.tasks) for c in celeba.values()) == 7
   alone = {c.tasks for name, c in celeba.items() if name.endswith('alone')}
   assert len(alone) == 7
+
+
+def test_coefficients_of_few_seeds_are_drawn_beside_one_another():
+  curve = np.array([0, 5]), np.array([0.01, 0.1])
+  curves = {'a': {0: curve, 1: curve}, 'b': {1: curve}}
+  axes = figures.trajectories(curves, 'λ', log=True, panels=True).axes
+  assert [a.get_title() for a in axes] == ['seed 0', 'seed 1']
+  assert [len(a.lines) for a in axes] == [1, 2]
+  labels = [text.get_text() for text in axes[-1].get_legend().get_texts()]
+  assert labels == ['a', 'b']  # though one of them is not in the first
+  (alone,) = figures.trajectories(curves, 'λ').axes
+  assert (alone.get_title(), len(alone.lines)) == ('λ', 3)
+
+
+def test_a_coefficient_is_drawn_from_its_start():
+  config = base.DATA_SETS['celeba'].multitask.get_config('tiny')
+  rows = [{'split': 'train', 'step': 5, 'lambda_relative': 0.2}]
+  for changes, steps in ((base.fixed(0.1), [5]), (base.LEARNED, [0, 5])):
+    config.update_from_flattened_dict(changes)
+    found, values = sweep._coefficient(sweep.Result(config, {}, rows, {}))
+    np.testing.assert_array_equal(found, steps)
+  np.testing.assert_array_equal(values, [config.sparsity.start, 0.2])
