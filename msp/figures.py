@@ -21,6 +21,8 @@ PANELS = 4  # beside one another
 # Okabe and Ito's palette: told apart with every common colour vision.
 BLUE, ORANGE, GREEN, PURPLE = '#0072B2', '#D55E00', '#009E73', '#CC79A7'
 COLORS = (BLUE, '#E69F00', GREEN, PURPLE, '#56B4E9', ORANGE, '#F0E442', '#444444')
+# Of Tol's muted scheme, those that are none of the others.
+MORE_COLORS = ('#882255', '#DDCC77', '#332288', '#44AA99', '#999933')
 LINES = (BLUE, ORANGE, GREEN, PURPLE, '#56B4E9', '#E69F00')
 INK, FAINT, PALE = '#2b2f36', '#8a919c', '#e4e8ee'
 
@@ -492,8 +494,8 @@ def patterns(shares: Mapping[str, Mapping[str, float]]) -> Figure:
 
 def class_colors(classes: Sequence[str]) -> list[tuple[float, float, float]]:
   """A colour for each class; 'background' is a neutral grey."""
-  base = [np.array(to_rgb(color)) for color in COLORS[:7]]
-  # After seven hues, lighter and darker ones of them.
+  base = [np.array(to_rgb(color)) for color in (*COLORS[:7], *MORE_COLORS)]
+  # After twelve hues, lighter and darker ones of them.
   tints = [
     lambda c: c,
     lambda c: 0.45 * c + 0.55,
