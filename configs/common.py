@@ -284,6 +284,9 @@ def tiny(config: ConfigDict) -> None:
   # Not to 0: a target that is still missed when dead groups stay dead has to be met.
   schedule.alpha = 0.3
   _step_of_rho(config, 'budget', schedule)
+  # It falls: what few images in a batch say is noise. But not to a fiftieth, as λ has
+  # to follow the one that is just tolerated, which grows.
+  _step_of_rho(config, 'tolerance', exponential(config, 0.05, 0.1))
   config.train.steps = 420
   config.train.log_every = 5
   config.train.evaluate_every = 60
@@ -300,21 +303,17 @@ def tiny(config: ConfigDict) -> None:
     # 14 nats in all, 6 of them in the search; the whole range of ρ is 6.9. The λ that
     # is just tolerated grows as the network learns its images by heart, so the step
     # has to stay large enough to follow; a larger one goes round the bound instead. On
-    # rooms so large a step overshoots and cannot come back.
+    # rooms so large a first step overshoots and cannot come back.
     _step_of_rho(config, 'tolerance', exponential(config, 0.15, 0.01))
     config.sparsity.optimizers.tolerance[0].horizon = 40.0
     config.sparsity.search = 0.125
     config.tasks = ('segmentation', 'edges', 'presence_bicyclist')
   elif config.data.name == 'nyud_mt':
     config.data.image_size = (48, 64)
-    _step_of_rho(config, 'tolerance', cosine(config, 0.02))
   else:
     config.data.image_size = (48, 48)
     # A smile takes thousands of steps at this size, glasses take a hundred.
     config.tasks = ('segmentation', 'male', 'eyeglasses')
     config.sparsity.tolerance = 0.1
-    # It falls: what a few glasses in a batch say is noise. But not to a fiftieth, as it
-    # has to follow the λ that is just tolerated, which grows.
-    _step_of_rho(config, 'tolerance', exponential(config, 0.05, 0.1))
     if config.data.hold_out:
       config.data.hold_out = 0.25
