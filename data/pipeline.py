@@ -28,11 +28,12 @@ READ_OPTIONS = grain.ReadOptions(
 class Source:
   """Random access to the stored records of one part of a data set."""
 
-  def __init__(self, name: str, records: Sequence, indices: np.ndarray):
+  def __init__(self, name: str, records: Sequence, indices: np.ndarray, stand_in: bool):
     self.name = name
     self._records = records
     self.indices = indices  # positions in the stored split
     self.stored = len(records)  # images of the whole split
+    self.stand_in = stand_in  # whether its pictures were drawn by a renderer
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -58,21 +59,12 @@ class _Stored(NamedTuple):
 
 
 class Splits(NamedTuple):
-  """The parts of a data set.
-
-  Attributes:
-    train: to train on.
-    hold_out: None if nothing is held out.
-    val: in stored order.
-    test: in stored order.
-    stand_in: whether its pictures were drawn by a renderer.
-  """
+  """The parts of a data set; `hold_out` is None if nothing is held out."""
 
   train: Source
   hold_out: Source | None
   val: Source
   test: Source
-  stand_in: bool
 
   def with_hold_out(self, share: float, seed: int) -> Source:
     """Train with a share of the hold-out part, drawn as `train_share` is."""
@@ -80,7 +72,8 @@ class Splits(NamedTuple):
       return self.train
     more = _share(self.hold_out.indices, share, seed)
     indices = np.sort(np.concatenate([self.train.indices, more]))
-    return Source(self.train.name, self.train._records, indices)
+    train = self.train
+    return Source(train.name, train._records, indices, train.stand_in)
 
 
 def open(
@@ -135,13 +128,13 @@ def open(
       f' {name} leaves one part empty; choose another fraction'
     )
   train = _share(np.flatnonzero(~held_out), train_share, seed)
-  part = lambda split, indices: Source(name, records[split], indices)
+  drawn = summary['stand_in'] is not None
+  part = lambda split, indices: Source(name, records[split], indices, drawn)
   return Splits(
     train=part('train', train),
     hold_out=part('train', np.flatnonzero(held_out)) if hold_out else None,
     val=part('val', np.arange(len(records['val']))),
     test=part('test', np.arange(len(records['test']))),
-    stand_in=summary['stand_in'] is not None,
   )
 
 

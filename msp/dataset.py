@@ -30,6 +30,7 @@ def prepare(config: ConfigDict, *, skip_corrupt: bool = False) -> Path:
   """
   check(config)
   make_tasks(config)
+  _check_named(config)
   source, prepared = folders(config)
   size = tuple(config.data.image_size)
   if config.data.procedural_images:
@@ -49,8 +50,6 @@ def check(config: ConfigDict) -> None:
     )
   for field in ('source', 'prepared'):
     refuse_url(f'data.{field}', config.data[field])
-  if not config.data.source:
-    raise UserError('data.source is empty; name the folder with the published files')
   if not config.data.prepared:
     raise UserError('data.prepared is empty; name a folder for the prepared copies')
   number = config.data.procedural_images
@@ -63,6 +62,7 @@ def check(config: ConfigDict) -> None:
 
 def check_source(config: ConfigDict) -> None:
   """Raises UserError if there is no folder to read the pictures from."""
+  _check_named(config)
   source, prepared = folders(config)
   stored = source.is_dir() or (prepared / config.data.name).is_dir()
   if not config.data.procedural_images and not stored:
@@ -70,6 +70,11 @@ def check_source(config: ConfigDict) -> None:
       f'no folder {source}, and no copy of it in {prepared}; set data.source (of a '
       f'sweep sources.{config.data.name}) to where the files of the data set are'
     )
+
+
+def _check_named(config):
+  if not config.data.source:
+    raise UserError('data.source is empty; name the folder with the published files')
 
 
 def contact_sheet(config: ConfigDict) -> Path:

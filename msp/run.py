@@ -253,7 +253,7 @@ class Run(NamedTuple):
     """
     model, objective = self.experiment.model, self.experiment.objective
     arrays = jax.device_get((state.params, state.batch_stats))
-    found = {'stand_in': True} if self.splits.stand_in else {}
+    found = {'stand_in': True} if self.splits.train.stand_in else {}
     learned = self.config.sparsity.coefficient == 'learned'
     if learned and objective.kind == 'budget':
       removed = functools.partial(objectives.removed, objective, self.experiment.groups)
@@ -317,7 +317,7 @@ def open_run(
       len(parts.hold_out),
       len(parts.hold_out) + len(parts.train),
     )
-  if parts.stand_in:
+  if parts.train.stand_in:
     logger.info('%s is a procedural stand-in, not real data', config.data.name)
   if processes.is_first() and _loose(config):
     logger.warning(

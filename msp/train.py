@@ -263,7 +263,7 @@ def _loop(run, state, progress, feed, evaluate, checkpoints, writer):
           progress = progress._replace(stopped=True)
           bar.say(f'stopping: no better score since step {since}')
       meta = {'data': feed.get_state(), 'progress': progress._asdict()}
-      meta['stand_in'] = run.splits.stand_in
+      meta['stand_in'] = run.splits.train.stand_in
       checkpoints.save(step, state, meta, score)
       if guarded:
         safe = step, _copy(_network(state))

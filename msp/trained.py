@@ -177,7 +177,7 @@ def export_run(
   worst = export.check(export.run(content, images), predict, images)
   logger.info('read again: predictions differ by at most %.1e', worst)
   terms = data.terms(config.data.name)
-  if run.splits.stand_in:
+  if run.splits.train.stand_in:
     terms = 'a procedural stand-in, drawn by this program and free to use'
   card = export.card(
     config.name,

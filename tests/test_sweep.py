@@ -282,6 +282,7 @@ def test_the_first_runs_need_not_have_the_task_of_the_target(tmp_path, trained):
 def test_runs_on_another_data_set_are_not_compared(tmp_path, trained):
   made = make(seeds=(0,))
   config = base.DATA_SETS['camvid'].multitask.get_config('tiny')
+  config.data.source = str(tmp_path)
   base.add(made, 'elsewhere', config, {'tasks': ('segmentation',)})
   sweep.run(made, tmp_path)
   row = cells(tmp_path / 'table.csv')['elsewhere']

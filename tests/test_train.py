@@ -893,7 +893,7 @@ def test_rendered_pictures_by_their_path_are_a_stand_in_too(faces, tmp_path):
   rendered, _ = dataset.folders(config(faces))
   place = {'data.source': str(rendered), 'data.prepared': str(tmp_path / 'prepared')}
   c = config(faces, **place, **{'data.procedural_images': 0})
-  assert running.open_run(c, jax.devices()[:1], None).splits.stand_in
+  assert running.open_run(c, jax.devices()[:1], None).splits.train.stand_in
 
 
 def test_a_dense_run_has_nothing_to_remove(finished, faces):
