@@ -28,7 +28,9 @@ READ_OPTIONS = grain.ReadOptions(
 class Source:
   """Random access to the stored records of one part of a data set."""
 
-  def __init__(self, name: str, records: Sequence, indices: np.ndarray, stand_in: bool):
+  def __init__(
+    self, name: str, records: Sequence, indices: np.ndarray, stand_in: bool = False
+  ):
     self.name = name
     self._records = records
     self.indices = indices  # positions in the stored split

@@ -278,7 +278,10 @@ MISTAKES = [
   ({'sparsity.learn_on': 'train'}, "learn_on is 'train'; known: hold_out, query"),
   ({'data.image_size': (64, 64.5)}, r'image_size is \(64, 64\.5\); .* whole numbers'),
   ({'data.prepared': 'gs://b'}, 'data.prepared is gs://b; .* mount the bucket'),
-  ({'data.source': ''}, 'data.source is empty; name the folder with the published'),
+  (
+    {'data.source': '', 'train.batch_size': 16},
+    'data.source is empty; name the folder with the published files',
+  ),
   ({'data.source': 's3://b'}, 'data.source is s3://b; .* a folder of this machine'),
   ({'model.blocks': (1.5, 1, 1, 1)}, r'blocks is \(1\.5, 1, 1, 1\): give four'),
   ({'model.width': float('inf')}, r'model.width is inf; .* in \[0\.03125, 32\]'),
