@@ -99,3 +99,12 @@ def test_whether_a_tolerance_was_kept():
   below = {'gap/edges': np.log(0.9), 'violation': -2.0}
   assert 'edges was 10.0% below' in constraint([row | below], tolerance).words
   assert constraint(after, tolerance) is None
+
+
+def test_a_floor_that_the_network_came_with_is_no_fault_of_λ(caplog):
+  params = {'backbone': {'c': {'kernel': np.ones((1, 1, 8, 2))}}}
+  metrics = {'nonfinite': -1, 'loss': 1.0, 'alive': [1]}
+  for at_start, warnings in ([1], 0), ([2], 1):
+    caplog.clear()
+    Monitor(1, gr.find(params), params, alive_at_start=at_start).check(1, metrics)
+    assert len(caplog.records) == warnings
