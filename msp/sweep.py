@@ -314,7 +314,7 @@ def table(
   read += [
     lambda r, _: 100 * r.test['group_sparsity'],
     lambda r, _: 100 * r.test['weight_sparsity'],
-    lambda r, _: _flops(r.test),
+    _flops,
     _relative,
   ]
   if sweep.target.run:
@@ -349,8 +349,9 @@ def _grids(sweep, names):
   return {f'{grid[0]} to {grid[-1]}': grid for grid in grids}
 
 
-def _flops(row):
+def _flops(result, _):
   """In % of the backbone's; None where they have not been counted."""
+  row = result.test
   if 'backbone_flops' not in row:
     return None
   return 100 * row['backbone_flops_compact'] / row['backbone_flops']
